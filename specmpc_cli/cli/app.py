@@ -1,0 +1,459 @@
+"""The `specmpc` command. Importing this module loads no torch: each command imports its workflow when it runs."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from specmpc_cli import __version__
+from specmpc_cli.cli.console import Output, print_error
+from specmpc_cli.cli.options import (
+    AcceptBelowOption,
+    ArchOption,
+    Common,
+    EpisodesOption,
+    PresetOption,
+    ReplanAboveOption,
+    RequireOption,
+    SetOption,
+    TaskOption,
+    common_options,
+)
+from specmpc_cli.errors import ConfigError, GateFailed, SpecMPCError
+
+if TYPE_CHECKING:
+    from specmpc_cli.workflows.acting import Workbench
+    from specmpc_cli.workflows.store import FittedCorrector, Store
+
+DEFAULT_HORIZON = 6  # of `eval` in the modes that have one
+
+
+class _Group(TyperGroup):
+    """Turns errors that a user can mend into one red line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GateFailed as error:
+            print_error(str(error))
+            raise typer.Exit(3) from None
+        except SpecMPCError as error:
+            print_error(str(error))
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            print_error("interrupted; files written so far are whole, and the same command continues or starts over")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"specmpc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Version.")] = False,
+) -> None:
+    """World-model control at a fraction of the planning cost: TD-MPC2 with speculative planning."""
+
+
+@app.command()
+@common_options
+def tasks(
+    common: Common,
+    suite: Annotated[str | None, typer.Option(help="Only this suite.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Build, reset and step every installed task.")] = False,
+) -> None:
+    """List the tasks, and check that they run."""
+    from specmpc_cli.cli.tables import tasks_table
+    from specmpc_cli.workflows.list_tasks import list_tasks
+
+    out = _output(common)
+    with out.progress() as progress:
+        bar = progress.add_task("tasks", total=None, state="", visible=check)
+        report = list_tasks(suite, check=check, on_task=lambda task: progress.update(bar, advance=1, state=task))
+    out.table(tasks_table(report["tasks"], check))
+    out.document(report)
+    failed = [task["task"] for task in report["tasks"] if task["ok"] is False]
+    if failed:
+        raise ConfigError(f"{len(failed)} of {len(report['tasks'])} tasks failed: {', '.join(failed)}")
+
+
+@app.command("import")
+@common_options
+def import_(
+    common: Common,
+    file: Annotated[Path, typer.Argument(help="An official TD-MPC2 checkpoint (.pt).")],
+    task: TaskOption = None,
+    task_set: Annotated[str | None, typer.Option(help="mt30 or mt80, for multi-task files; --task names the member.")] = None,
+) -> None:
+    """Import an official TD-MPC2 checkpoint as a task's teacher."""
+    from specmpc_cli.workflows.import_teacher import import_teacher
+    from specmpc_cli.workflows.store import Store
+
+    out = _output(common)
+    store = Store(common.store, task, common.name)
+    report = import_teacher(store, file, task_set=task_set)
+    store.remember_task()
+    out.say(f"imported a {report.parameters / 1e6:.1f} M teacher for {report.task} ({report.sha256[:8]}) into {report.path}")
+    out.document({"schema": 1, "task": report.task, "path": str(report.path), "sha256": report.sha256, "dims": report.dims})
+
+
+@app.command()
+@common_options
+def collect(
+    common: Common,
+    task: TaskOption = None,
+    episodes: Annotated[int, typer.Option(help="Episodes per round.")] = 10,
+    rounds: Annotated[int, typer.Option(help="Rounds; from the second on the current corrector acts (DAgger).")] = 1,
+    arch: Annotated[str, typer.Option(help="Corrector that acts from round 2 on: two-tower or temporal.")] = "two-tower",
+    preset: PresetOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Run the teacher and label every step with what a fresh plan would do."""
+    from specmpc_cli.workflows.collect import collect as run
+    from specmpc_cli.workflows.fit_corrector import fitted_for_round
+
+    out = _output(common)
+    _known_archs([arch])
+    store, bench = _open(common, out, task, preset, set_)
+    with out.progress() as progress:
+        bar = progress.add_task("round 1", total=None, state="")
+
+        def begin_round(round_: int, missing: int) -> None:
+            progress.reset(bar, total=missing * bench.spec.decisions, description=f"round {round_}", state="env steps")
+
+        def fit(round_: int) -> "FittedCorrector":
+            progress.update(bar, state=f"fitting {arch}")
+            corrector = fitted_for_round(store, bench, arch, round_, seed=common.seed)
+            progress.update(bar, state="env steps")
+            return corrector
+
+        report = run(
+            store,
+            bench,
+            episodes=episodes,
+            rounds=rounds,
+            seed=common.seed,
+            fit=fit,
+            on_step=lambda: progress.advance(bar),
+            on_round=begin_round,
+        )
+    store.remember_task()
+    if report.new_episodes == 0:
+        out.note("nothing to do: the dataset has these episodes already; ask for more --episodes or --rounds, or another --seed")
+    for group, returns in report.returns.items():
+        out.note(f"{group} steps per plan: mean return {sum(returns) / len(returns):.1f} over {len(returns)} episodes")
+    out.say(f"{report.rows} rows from {report.episodes} episodes ({report.new_episodes} new) in {report.folder}")
+    out.document(
+        {
+            "schema": 1,
+            "task": store.task,
+            "dataset": str(report.folder),
+            "episodes": report.episodes,
+            "new_episodes": report.new_episodes,
+            "rows": report.rows,
+            "returns": report.returns,
+        }
+    )
+
+
+@app.command("fit-corrector")
+@common_options
+def fit_corrector(
+    common: Common,
+    task: TaskOption = None,
+    arch: Annotated[list[str] | None, typer.Option(help="two-tower or temporal; repeatable, both if left out.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Most passes over the data.")] = None,
+    preset: PresetOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Distil the planner into a corrector."""
+    from dataclasses import asdict
+
+    from specmpc_cli.cli.tables import fit_table
+    from specmpc_cli.engine.correctors import CORRECTORS
+    from specmpc_cli.workflows.fit_corrector import fit_to_store
+
+    out = _output(common)
+    archs = _known_archs(arch or list(CORRECTORS))
+    settings = [*(set_ or []), *([f"corrector.epochs={epochs}"] if epochs else [])]
+    store, bench = _open(common, out, task, preset, settings)
+    folder, shards = store.newest_dataset(bench.teacher)
+    out.note(f"data: {folder} ({sum(shard.rows for shard in shards)} rows from {len(shards)} episodes)")
+    reports = []
+    with out.progress() as progress:
+        for name in archs:
+            bar = progress.add_task(name, total=bench.config.corrector.epochs, state="")
+            report = fit_to_store(
+                store,
+                bench,
+                name,
+                seed=common.seed,
+                shards=shards,
+                noise=reports[0].label_noise if reports else None,
+                on_epoch=lambda line, bar=bar: progress.update(bar, completed=line.epoch, state=f"validation {line.validation_error:.4f}"),
+            )
+            reports.append(report)
+    store.remember_task()
+    out.table(fit_table(reports))
+    out.say(
+        f"label noise: two fresh plans of one state differ by {reports[0].label_noise:.4f}; "
+        f"a corrector that knew their mean would be left with half of it, {reports[0].label_noise / 2:.4f}"
+    )
+    for report in reports:
+        out.say(f"{report.arch}: {report.path}")
+    out.document(
+        {
+            "schema": 1,
+            "task": store.task,
+            "dataset": str(folder),
+            "label_noise": reports[0].label_noise,
+            "correctors": [
+                {
+                    "arch": report.arch,
+                    "path": str(report.path),
+                    "parameters": report.parameters,
+                    "validation_error": report.fit.best.validation_error,
+                    "planned_error": report.fit.planned_error,
+                    "prior_error": report.fit.prior_error,
+                    "curve": [asdict(line) for line in report.fit.curve],
+                }
+                for report in reports
+            ],
+        }
+    )
+
+
+@app.command("eval")
+@common_options
+def eval_(
+    common: Common,
+    task: TaskOption = None,
+    mode: Annotated[str, typer.Option(help="baseline, policy, naive, corrected or adaptive.")] = "corrected",
+    horizon: Annotated[int | None, typer.Option(min=1, help="Env steps per plan, for naive and corrected; 6 if left out.")] = None,
+    arch: ArchOption = None,
+    episodes: EpisodesOption = 10,
+    accept_below: AcceptBelowOption = None,
+    replan_above: ReplanAboveOption = None,
+    preset: PresetOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Run one way of acting."""
+    from specmpc_cli.cli.tables import comparison_table
+    from specmpc_cli.workflows.compare import evaluate_one
+    from specmpc_cli.workflows.plots import row_label
+
+    out = _output(common)
+    _check_eval_options(mode, horizon, arch, accept_below, replan_above)
+    store, bench = _open(common, out, task, preset, set_)
+    way = _way(out, store, bench, mode, horizon, arch, accept_below, replan_above)
+    _compile(out, bench)
+    with out.progress() as progress:
+        bar = progress.add_task(way.label, total=episodes * bench.spec.decisions, state="env steps")
+        report = evaluate_one(
+            bench, way, episodes=episodes, seed=common.seed, num_envs=_num_envs(episodes), on_step=lambda _: progress.advance(bar)
+        )
+    store.remember_task()
+    out.table(comparison_table(report, row_label))
+    out.document(report)
+
+
+@app.command()
+@common_options
+def compare(
+    common: Common,
+    task: TaskOption = None,
+    horizons: Annotated[str, typer.Option(help="Env steps per plan, separated by commas.")] = "1,3,6",
+    arch: Annotated[list[str] | None, typer.Option(help="Corrector to compare; repeatable, all fitted ones if left out.")] = None,
+    episodes: EpisodesOption = 10,
+    detail: Annotated[bool, typer.Option("--detail", help="Also a table by age of the plan.")] = False,
+    require: RequireOption = None,
+    preset: PresetOption = None,
+    set_: SetOption = None,
+) -> None:
+    """All ways of acting side by side: return against planner calls saved."""
+    from specmpc_cli.cli.tables import by_age_table, comparison_table
+    from specmpc_cli.workflows.compare import compare as run
+    from specmpc_cli.workflows.compare import keep_results, parse_requirements, rows_meeting, ways_of
+    from specmpc_cli.workflows.plots import row_label
+
+    out = _output(common)
+    requirements = parse_requirements(require) if require else []
+    steps = _parse_horizons(horizons)
+    archs = _known_archs(arch) if arch else None
+    store, bench = _open(common, out, task, preset, set_)
+    ways = ways_of(bench, steps, _correctors(out, store, bench, archs))
+    _compile(out, bench)
+    with out.progress() as progress:
+        total = episodes * bench.spec.decisions
+        overall = progress.add_task("ways of acting", total=len(ways), state="")
+        bar = progress.add_task("", total=total, state="env steps")
+        report = run(
+            bench,
+            ways,
+            episodes=episodes,
+            seed=common.seed,
+            num_envs=_num_envs(episodes),
+            on_way=lambda _, way: progress.reset(bar, total=total, description=way.label),
+            on_step=lambda _: progress.advance(bar),
+            on_row=lambda row: progress.advance(overall),
+        )
+    store.remember_task()
+    as_json, as_png = keep_results(store, report)
+    out.table(comparison_table(report, row_label))
+    if detail:
+        out.table(by_age_table(report, row_label))
+    out.note("vs baseline: ratio of means, interval from a bootstrap over paired episodes; latency: one environment, warm-up left out")
+    out.say(f"results: {as_json}")
+    out.say(f"plot:    {as_png}")
+    out.document(report)
+    if requirements and not rows_meeting(report, requirements):
+        raise GateFailed(f"no row meets --require {require}")
+
+
+# What the commands above share
+
+
+def _output(common: Common) -> Output:
+    return Output(as_json=common.json, quiet=common.quiet)
+
+
+def _open(
+    common: Common, out: Output, task: str | None, preset: list[str] | None, settings: list[str] | None
+) -> tuple["Store", "Workbench"]:
+    """The store and a workbench for its teacher; says what it took."""
+    from specmpc_cli.envs.registry import make_env
+    from specmpc_cli.runtime import choose_runtime
+    from specmpc_cli.workflows.acting import Workbench
+    from specmpc_cli.workflows.store import Store, config_of
+
+    store = Store(common.store, task, common.name)
+    teacher = store.teacher()
+    config = config_of(teacher, preset or [], settings or [])
+    runtime = choose_runtime(common.device, common.dtype)
+    env = make_env(store.task)
+    bench = Workbench(teacher, env.task_spec, config, runtime)
+    env.close()
+    how = "named" if task else "used last" if (common.store / "last.json").exists() else "default"
+    compiled = "compiled" if runtime.compiled else "eager"
+    out.note(f"task: {store.task} ({how}) · teacher: {teacher.source} {teacher.sha256[:8]} · {runtime.device}, {runtime.dtype_name}, {compiled}, {runtime.threads} threads")  # fmt: skip
+    for note in runtime.notes:
+        out.note(f"note: {note}")
+    return store, bench
+
+
+def _correctors(out: Output, store: "Store", bench: "Workbench", archs: list[str] | None) -> list["FittedCorrector"]:
+    """The correctors that match the teacher, all or those named; says what it took and what it left out."""
+    if archs:
+        found = [store.corrector(bench.teacher, arch) for arch in dict.fromkeys(archs)]
+    else:
+        found, notes = store.correctors(bench.teacher)
+        for note in notes:
+            out.note(f"note: {note}; left out")
+    if found:
+        out.note("correctors: " + ", ".join(f"{corrector.arch} ({corrector.source})" for corrector in found))
+    else:
+        out.note(
+            "note: no corrector of this teacher, so there are no corrected rows; 'specmpc collect' and 'specmpc fit-corrector' make one"
+        )
+    return found
+
+
+def _way(
+    out: Output,
+    store: "Store",
+    bench: "Workbench",
+    mode: str,
+    horizon: int | None,
+    arch: str | None,
+    accept_below: float | None,
+    replan_above: float | None,
+) -> Any:
+    from specmpc_cli.engine.correctors import CORRECTORS
+    from specmpc_cli.workflows.acting import Mode, Way, adaptive_way, with_thresholds
+
+    chosen = Mode(mode)
+    if chosen is Mode.BASELINE:
+        return Way(chosen, 1)
+    if chosen is Mode.POLICY:
+        return Way(chosen)
+    if chosen is Mode.NAIVE:
+        return Way(chosen, horizon or DEFAULT_HORIZON)
+    found, _ = store.correctors(bench.teacher, [arch] if arch else None)
+    corrector = found[0] if found else store.corrector(bench.teacher, arch or next(iter(CORRECTORS)))
+    out.note(f"corrector: {corrector.arch} ({corrector.source})")
+    if chosen is Mode.ADAPTIVE:
+        return adaptive_way(corrector, bench.config, accept_below, replan_above)
+    steps = horizon or DEFAULT_HORIZON
+    return Way(chosen, steps, corrector, with_thresholds(corrector.rule(steps), accept_below, replan_above))
+
+
+def _check_eval_options(mode: str, horizon: int | None, *others: Any) -> None:
+    """Refuses an unknown mode, and options that the mode would ignore."""
+    modes = {
+        "baseline": (),
+        "policy": (),
+        "naive": ("--horizon",),
+        "corrected": ("--horizon", "--arch", "--accept-below", "--replan-above"),
+        "adaptive": ("--arch", "--accept-below", "--replan-above"),
+    }
+    if mode not in modes:
+        raise ConfigError(f"--mode must be one of {', '.join(modes)}, got {mode!r}")
+    given = zip(("--horizon", "--arch", "--accept-below", "--replan-above"), (horizon, *others), strict=True)
+    for option, value in given:
+        if value is not None and option not in modes[mode]:
+            raise ConfigError(f"{option} has no meaning in mode {mode}; leave it out")
+    if others[0] is not None:
+        _known_archs([others[0]])
+
+
+def _known_archs(archs: list[str]) -> list[str]:
+    known = ("two-tower", "temporal")
+    for arch in archs:
+        if arch not in known:
+            raise ConfigError(f"--arch must be {' or '.join(known)}, got {arch!r}")
+    return archs
+
+
+def _parse_horizons(text: str) -> list[int]:
+    try:
+        horizons = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--horizons takes whole numbers separated by commas, such as 1,3,6; got {text!r}") from None
+    if not all(1 <= horizon <= 1000 for horizon in horizons):
+        raise ConfigError(f"--horizons must lie in 1..1000, got {text!r}")
+    return horizons
+
+
+def _num_envs(episodes: int) -> int:
+    """Environments stepped side by side."""
+    return min(episodes, 10)
+
+
+def _compile(out: Output, bench: "Workbench") -> None:
+    """Makes the first plan, which compiles the planner, and says so."""
+    import time
+
+    if not bench.runtime.compiled:
+        return
+    out.note("preparing the planner; the first time on a machine this compiles it, about a minute")
+    started = time.perf_counter()
+    bench.warm_up()
+    out.note(f"planner ready after {time.perf_counter() - started:.0f} s")
+
+
+main: Callable[[], None] = app

@@ -1,0 +1,69 @@
+"""The two streams: tables and JSON on standard output; notes, errors and progress on standard error."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_WIDTH = 140  # columns where there is no terminal
+
+
+def _console(*, stderr: bool) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else PLAIN_WIDTH)
+
+
+def print_error(message: str) -> None:
+    """One red line on standard error."""
+    _console(stderr=True).print(f"error: {' '.join(message.split())}", style="bold red", markup=False, soft_wrap=True)
+
+
+class Output:
+    """Where a command's words go, as `--json` and `--quiet` ask."""
+
+    def __init__(self, *, as_json: bool, quiet: bool) -> None:
+        self.as_json, self.quiet = as_json, quiet
+        self._out, self._err = _console(stderr=False), _console(stderr=True)
+
+    def note(self, message: str) -> None:
+        """A line for the person watching."""
+        if not self.quiet:
+            self._err.print(message, style="dim", markup=False, soft_wrap=True)
+
+    def say(self, message: str) -> None:
+        """A line of the result; left out with `--json`."""
+        if not self.as_json:
+            self._out.print(message, markup=False, soft_wrap=True)
+
+    def table(self, table: Table) -> None:
+        """A table of the result, as wide as it needs to be; left out with `--json`."""
+        if self.as_json:
+            return
+        needed = Measurement.get(self._out, self._out.options.update(width=10_000), table).maximum
+        self._out.print(table, width=max(needed, 1), no_wrap=True, crop=False, overflow="ignore")
+
+    def document(self, document: Any) -> None:
+        """The JSON document, with `--json`."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(document, indent=1) + "\n")
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """Progress bars on standard error."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[state]}"),
+        )
+        with Progress(*columns, console=self._err, disable=self.quiet) as progress:
+            yield progress

@@ -1,0 +1,127 @@
+"""Reports as Rich tables. Knows the shape of reports, runs nothing."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+Row = dict[str, Any]
+
+
+def comparison_table(report: dict[str, Any], label: Any) -> Table:
+    """Rows of `compare` and `eval`; `label(row)` names a way of acting."""
+    success = any(row["success_rate"] is not None for row in report["rows"])
+    table = Table(box=box.SIMPLE_HEAD, title=_title(report), title_justify="left", title_style="bold", pad_edge=False)
+    table.add_column("way of acting", no_wrap=True)
+    for name in ("return", "95 % CI", *(("success",) if success else ()), "vs baseline", "95 % CI ", "calls", "saved"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("accept", "correct", "replan", "step p50", "p99", "control"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in report["rows"]:
+        cells = [label(row), f"{row['return_mean']:.1f}", _interval(row["return_ci95"], "{:.0f}")]
+        if success:
+            cells.append(percent(row["success_rate"]))
+        cells += [percent(row["return_vs_baseline"], 1), _interval(row["return_vs_baseline_ci95"], "{:.1%}")]
+        cells += [f"{row['planner_calls_per_episode']:.1f}", percent(row["calls_saved"])]
+        cells += [percent(row[name]) for name in ("accept_rate", "correct_rate", "replan_rate")]
+        cells += [f"{row['step_ms_p50']:.1f} ms", f"{row['step_ms_p99']:.1f} ms", f"{row['control_hz']:.0f} Hz"]
+        table.add_row(*cells)
+    return table
+
+
+def by_age_table(report: dict[str, Any], label: Any) -> Table:
+    """What happens as plans age, for each way of acting."""
+    table = Table(box=box.SIMPLE_HEAD, title="by age of the plan", title_justify="left", title_style="bold", pad_edge=False)
+    table.add_column("way of acting", no_wrap=True)
+    for name in ("age", "steps", "reward", "mismatch", "correction"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in report["rows"]:
+        for index, line in enumerate(row["by_age"]):
+            name = label(row) if index == 0 else ""
+            means = (_number(line[column]) for column in ("reward_mean", "mismatch_mean", "correction_norm_mean"))
+            table.add_row(name, str(line["age"]), str(line["count"]), *means, end_section=index == len(row["by_age"]) - 1)
+    return table
+
+
+def fit_table(reports: Sequence[Any]) -> Table:
+    """Fitted correctors beside the errors to hold them against, and their learning curves."""
+    title = "mean squared error per action dimension, on held-out episodes"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    table.add_column("corrector", no_wrap=True)
+    for name in ("validation", "train", "plan as it is", "policy prior", "label noise", "epochs", "rows", "parameters"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("validation by epoch", no_wrap=True)
+    for report in reports:
+        fit = report.fit
+        table.add_row(
+            report.arch,
+            f"{fit.best.validation_error:.4f}",
+            f"{fit.best.train_error:.4f}",
+            f"{fit.planned_error:.4f}",
+            f"{fit.prior_error:.4f}",
+            f"{report.label_noise:.4f}",
+            f"{fit.best.epoch} of {len(fit.curve)}",
+            f"{fit.train_rows + fit.validation_rows}",
+            f"{report.parameters / 1e6:.2f} M",
+            sparkline([line.validation_error for line in fit.curve]),
+        )
+    return table
+
+
+def tasks_table(tasks: Sequence[Row], checked: bool) -> Table:
+    """The task table; with speeds and failures once they were checked."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("task", "suite"):
+        table.add_column(name, no_wrap=True)
+    for name in ("obs", "action", "decisions"):
+        table.add_column(name, justify="right")
+    table.add_column("teacher", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    if checked:
+        table.add_column("steps/s", justify="right")
+    for task in tasks:
+        teacher = task["teacher"]
+        known = "–" if teacher is None else f"{teacher['size']}M" + (f", {teacher['return']:.0f}" if teacher["return"] else "")
+        state = (
+            "failed: " + task["error"] if task["ok"] is False else "ok" if task["ok"] else "ready" if task["installed"] else "not installed"
+        )
+        cells = [
+            task["task"],
+            task["suite"],
+            _number(task["obs_dim"]),
+            _number(task["action_dim"]),
+            str(task["decisions"]),
+            known,
+            state,
+        ]
+        table.add_row(*cells, *([_number(task["steps_per_s"])] if checked else []))
+    return table
+
+
+def sparkline(values: Sequence[float], width: int = 30) -> str:
+    """Values as a line of blocks, the highest full; longer series are thinned out."""
+    if len(values) > width:
+        values = [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)]
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    return "".join("▁▂▃▄▅▆▇█"[round((value - low) / span * 7)] for value in values)
+
+
+def percent(value: float | None, digits: int = 0) -> str:
+    """A share, or a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}%}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _interval(interval: Sequence[float] | None, form: str) -> str:
+    return "–" if interval is None else " … ".join(form.format(bound) for bound in interval)
+
+
+def _title(report: dict[str, Any]) -> str:
+    compiled = "compiled" if report["compiled"] else "eager"
+    place = f"{report['device']}, {report['dtype']}, {compiled}, {report['threads']} threads"
+    return f"{report['task']} · {report['episodes']} episodes, seed {report['seed']} · {place}"

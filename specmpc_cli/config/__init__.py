@@ -1,0 +1,1 @@
+"""Configuration: read-only after validation; unknown keys and impossible values are refused with a sentence."""

@@ -1,0 +1,1 @@
+"""Datasets on disk. Knows no models and no environments."""

@@ -1,0 +1,152 @@
+"""A dataset is a folder of immutable HDF5 shards, each of whole episodes, with `index.h5`, a virtual dataset over them.
+
+Shards appear whole, so a killed writer loses at most the shard it was writing. Several processes may write to one folder: each names its
+own shards, and an episode that two of them wrote counts once.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from specmpc_cli.data.tuples import SCHEMA_VERSION, Behaviour, TupleDims
+from specmpc_cli.errors import DatasetError
+from specmpc_cli.files import make_folder, replacing
+
+INDEX = "index.h5"
+EpisodeKey = tuple[int, int, int]  # seed, round, episode
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetFacts:
+    """What all shards of a dataset agree on."""
+
+    task: str
+    teacher_sha256: str
+    dims: TupleDims
+    planner: Mapping[str, Any]
+    runner: Mapping[str, Any]
+
+    def attributes(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA_VERSION,
+            "task": self.task,
+            "teacher_sha256": self.teacher_sha256,
+            "planner": json.dumps(dict(self.planner), sort_keys=True),
+            "runner": json.dumps(dict(self.runner), sort_keys=True),
+            "behaviours": [behaviour.name.lower() for behaviour in Behaviour],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One readable shard."""
+
+    path: Path
+    task: str
+    teacher_sha256: str
+    key: EpisodeKey
+    rows: int
+
+
+class ShardWriter:
+    """Writes one shard per episode."""
+
+    def __init__(self, folder: Path, facts: DatasetFacts, *, seed: int, versions: Mapping[str, str]) -> None:
+        make_folder(folder)
+        self._folder = folder
+        self._facts = facts
+        self._seed = seed
+        self._versions = json.dumps(dict(versions), sort_keys=True)
+        self._writer = uuid.uuid4().hex[:8]
+        self._count = 0
+
+    def write(self, columns: Mapping[str, np.ndarray], *, round_: int, episode: int) -> Path:
+        """Writes an episode's columns [rows, ...] as the next shard."""
+        path = self._folder / f"shard-{self._writer}-{self._count:05d}.h5"
+        with replacing(path) as beside, h5py.File(beside, "w") as file:
+            for name, values in columns.items():
+                file.create_dataset(name, data=values, dtype=np.float32, chunks=True, compression="lzf")
+            for name, value in self._facts.attributes().items():
+                file.attrs[name] = value
+            file.attrs["seed"], file.attrs["round"], file.attrs["episode"] = self._seed, round_, episode
+            file.attrs["versions"] = self._versions
+        self._count += 1
+        return path
+
+
+def read_shards(folder: Path) -> list[Shard]:
+    """The dataset's shards in order of (seed, round, episode), each episode once.
+
+    Raises:
+        DatasetError: a shard is damaged, foreign or of another schema; it is named.
+    """
+    shards: dict[EpisodeKey, Shard] = {}
+    for path in sorted(folder.glob("shard-*.h5")):
+        shard = _inspect(path)
+        shards.setdefault(shard.key, shard)
+    return [shards[key] for key in sorted(shards)]
+
+
+def _inspect(path: Path) -> Shard:
+    try:
+        with h5py.File(path, "r") as file:
+            attrs: dict[str, Any] = dict(file.attrs)
+            if int(attrs["schema"]) != SCHEMA_VERSION:
+                raise DatasetError(f"{path} has schema {attrs['schema']}, this version reads {SCHEMA_VERSION}; collect again")
+            key = (int(attrs["seed"]), int(attrs["round"]), int(attrs["episode"]))
+            return Shard(path, str(attrs["task"]), str(attrs["teacher_sha256"]), key, len(_column(file, "z")))
+    except PermissionError:
+        raise DatasetError(f"no permission to read {path}") from None
+    except (OSError, RuntimeError):
+        raise DatasetError(f"{path} is damaged or truncated; delete it, and 'specmpc collect' makes its episode again") from None
+    except (KeyError, TypeError, ValueError):
+        raise DatasetError(f"{path} is an HDF5 file of another program, not a specmpc shard; remove it from the dataset") from None
+
+
+def read_columns(shards: Sequence[Shard], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """These columns of these shards, one after the other, [rows, ...]. Raises DatasetError for a damaged or incomplete shard."""
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for shard in shards:
+        try:
+            with h5py.File(shard.path, "r") as file:
+                for name in names:
+                    parts[name].append(_column(file, name)[:])
+        except KeyError as error:
+            raise DatasetError(f"{shard.path} lacks the column {error}; delete it and collect again") from None
+        except (OSError, RuntimeError):
+            raise DatasetError(f"{shard.path} is damaged; delete it, and 'specmpc collect' makes its episode again") from None
+    return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def _column(file: h5py.File, name: str) -> h5py.Dataset:
+    column = file.get(name)
+    if not isinstance(column, h5py.Dataset):
+        raise KeyError(name)
+    return column
+
+
+def write_index(folder: Path, shards: Sequence[Shard], dims: TupleDims) -> Path:
+    """Rebuilds `index.h5`: every column as one virtual dataset over the shards, which are named relative to it."""
+    path = folder / INDEX
+    total = sum(shard.rows for shard in shards)
+    with replacing(path) as beside, h5py.File(beside, "w", libver="latest") as index:
+        for name, shape in dims.columns().items():
+            layout = h5py.VirtualLayout(shape=(total, *shape), dtype=np.float32)
+            start = 0
+            for shard in shards:
+                layout[start : start + shard.rows] = h5py.VirtualSource(shard.path.name, name, shape=(shard.rows, *shape))
+                start += shard.rows
+            index.create_virtual_dataset(name, layout)
+        index.attrs["schema"] = SCHEMA_VERSION
+        index.attrs["task"], index.attrs["teacher_sha256"] = shards[0].task, shards[0].teacher_sha256
+        index.attrs["shards"] = [shard.path.name for shard in shards]
+        index.attrs["rows"] = [shard.rows for shard in shards]
+    return path

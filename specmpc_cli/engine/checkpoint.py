@@ -1,0 +1,101 @@
+"""Weights on disk: safetensors, never pickles; written beside, flushed and renamed, so that a file is whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from specmpc_cli.engine.correctors import CORRECTORS, BaseCorrector, CorrectorDims, build_corrector
+from specmpc_cli.engine.gate import METRICS
+from specmpc_cli.engine.official import infer_dims, load_weights
+from specmpc_cli.engine.world_model import WorldModel
+from specmpc_cli.errors import CheckpointError
+from specmpc_cli.files import write_whole
+
+TEACHER_KIND = "specmpc-world-model"
+CORRECTOR_KIND = "specmpc-corrector"
+
+
+def weights_sha256(state: Mapping[str, Tensor]) -> str:
+    """Identity of weights: SHA-256 over (name, dtype, shape, bytes) in name order, not over a file."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{str(tensor.dtype).removeprefix('torch.')}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes() if tensor.ndim else tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_world_model(model: WorldModel, path: Path) -> str:
+    """Writes the weights and returns their SHA-256."""
+    return _save(model.state_dict(), path, {"kind": TEACHER_KIND})
+
+
+def load_world_model(path: Path) -> tuple[WorldModel, str]:
+    """A frozen fp32 world model and its SHA-256. Raises CheckpointError for a missing, damaged or foreign file."""
+    state, metadata = _load(path)
+    _expect_kind(metadata, TEACHER_KIND, path)
+    state = {name: tensor.float() for name, tensor in state.items()}
+    model = WorldModel(infer_dims(state, path.name))
+    load_weights(model, state, path.name)
+    return model.requires_grad_(False).eval(), weights_sha256(state)
+
+
+def save_corrector(corrector: BaseCorrector, path: Path, *, teacher_sha256: str, gate: Mapping[str, Any]) -> str:
+    """Writes a corrector with the teacher it was distilled from and its gate: {"metric", "accept_below", "replan_above", "calibrated"}."""
+    metadata = {
+        "kind": CORRECTOR_KIND,
+        "teacher_sha256": teacher_sha256,
+        "config": json.dumps(corrector.config()),
+        "gate": json.dumps(dict(gate)),
+    }
+    return _save(corrector.state_dict(), path, metadata)
+
+
+def load_corrector(path: Path) -> tuple[BaseCorrector, dict[str, Any]]:
+    """A frozen corrector and its metadata {"teacher_sha256", "gate"}. Raises CheckpointError for a missing, damaged or foreign file."""
+    state, metadata = _load(path)
+    _expect_kind(metadata, CORRECTOR_KIND, path)
+    try:
+        config, gate = json.loads(metadata["config"]), json.loads(metadata["gate"])
+        arch = config.pop("arch")
+        if arch not in CORRECTORS or gate["metric"] not in METRICS:
+            raise KeyError(arch)
+        corrector = build_corrector(arch, CorrectorDims(**config))
+        corrector.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path} is not a corrector this version can read ({reason}); fit it again") from None
+    return corrector.requires_grad_(False).eval(), {"teacher_sha256": metadata.get("teacher_sha256", ""), "gate": gate}
+
+
+def _save(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> str:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    write_whole(path, save(tensors, metadata))
+    return weights_sha256(tensors)
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no file {path}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file, or it is truncated ({error})") from None
+
+
+def _expect_kind(metadata: dict[str, str], kind: str, path: Path) -> None:
+    if metadata.get("kind") != kind:
+        found = metadata.get("kind", "weights of another program")
+        raise CheckpointError(f"{path} holds {found}, expected {kind}")

@@ -1,0 +1,147 @@
+"""Correctors: small networks distilled from the planner. They look at one step and propose a residual on the planned action.
+
+Both architectures share inputs and outputs (`BaseCorrector`) and differ in how they read the mismatch: `TwoTowerCorrector` encodes real
+and predicted latent separately and fuses them, `TemporalTransformerCorrector` attends over the last W mismatch features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from specmpc_cli.engine.layers import mish
+from specmpc_cli.types import Visit
+
+
+@dataclass(frozen=True, slots=True)
+class CorrectorDims:
+    """What fixes the shapes of a corrector's weights."""
+
+    latent_dim: int
+    action_dim: int
+    width: int
+    history: int  # W
+    layers: int = 2  # Transformer layers; the two-tower has one hidden layer per tower and two after the fusion
+    heads: int = 4
+    max_age: int = 32  # ages are embedded up to here; older plans share the last embedding
+
+
+class _Normed(nn.Sequential):
+    """Linear → LayerNorm → Mish."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__(nn.Linear(in_dim, out_dim), nn.LayerNorm(out_dim), nn.Mish())
+
+
+class BaseCorrector(nn.Module, ABC):
+    """delta = gate ⊙ (π(z) − planned) + residual, and an expected squared error. Implements `types.Corrector`.
+
+    A subclass turns a `Visit` into features [B, width]. The gated term lets the network fall back to the policy prior, which is all a
+    plan's tail consists of; the residual starts at zero, so an untrained corrector leaves the plan nearly as it is.
+    """
+
+    arch: str
+
+    def __init__(self, dims: CorrectorDims) -> None:
+        super().__init__()
+        self.dims = dims
+        self.age = nn.Embedding(dims.max_age, 16)
+        self.intent = _Normed(2 * dims.action_dim + 16, dims.width)  # planned action, policy prior, age
+        self.trunk = nn.Sequential(_Normed(dims.width, dims.width), _Normed(dims.width, dims.width))
+        self.head = nn.Linear(dims.width, 2 * dims.action_dim + 1)
+        nn.init.zeros_(self.head.weight)
+        with torch.no_grad():
+            self.head.bias.zero_()
+            self.head.bias[: dims.action_dim] = -2.0  # the gate starts nearly closed
+
+    @abstractmethod
+    def features(self, visit: Visit, intent: Tensor) -> Tensor:
+        """What was seen, fused with the intent [B, width], as [B, width]."""
+
+    def forward(self, visit: Visit) -> tuple[Tensor, Tensor]:
+        """→ delta [B, A] and the expected squared error of the corrected action [B], a mean over action dimensions."""
+        age = self.age(visit.age.clamp(max=self.dims.max_age - 1))
+        intent = self.intent(torch.cat([visit.planned, visit.prior, age], dim=-1))
+        out = self.head(self.trunk(self.features(visit, intent)))
+        gate, residual, error = out.split([self.dims.action_dim, self.dims.action_dim, 1], dim=-1)
+        delta = torch.sigmoid(gate) * (visit.prior - visit.planned) + residual
+        return delta, F.softplus(error.squeeze(-1))
+
+    def config(self) -> dict[str, Any]:
+        """What `build_corrector` needs to make this network again."""
+        return {"arch": self.arch, **asdict(self.dims)}
+
+
+class TwoTowerCorrector(BaseCorrector):
+    """Separate encoders of z, z_pred and their difference, each weighed by a gate that sees all of them and the intent."""
+
+    arch = "two-tower"
+
+    def __init__(self, dims: CorrectorDims) -> None:
+        super().__init__(dims)
+        self.real = _Normed(dims.latent_dim, dims.width)
+        self.predicted = _Normed(dims.latent_dim, dims.width)
+        self.difference = _Normed(dims.latent_dim, dims.width)
+        self.fusion = nn.Linear(4 * dims.width, 4 * dims.width)
+
+    def features(self, visit: Visit, intent: Tensor) -> Tensor:
+        towers = [self.real(visit.z), self.predicted(visit.z_pred), self.difference(visit.z - visit.z_pred), intent]
+        seen = torch.cat(towers, dim=-1)
+        weighed = torch.sigmoid(self.fusion(seen)) * seen
+        return weighed.unflatten(-1, (4, -1)).sum(-2)
+
+
+class TemporalTransformerCorrector(BaseCorrector):
+    """A small Transformer encoder over the last W steps' mismatch features; the newest step's output is gated with the intent."""
+
+    arch = "temporal"
+
+    def __init__(self, dims: CorrectorDims) -> None:
+        super().__init__(dims)
+        self.embed = nn.Linear(3 * dims.latent_dim + dims.action_dim, dims.width)
+        self.position = nn.Parameter(torch.zeros(dims.history, dims.width))
+        self.blocks = nn.ModuleList([_Block(dims.width, dims.heads) for _ in range(dims.layers)])
+        self.norm = nn.LayerNorm(dims.width)
+        self.gate = nn.Linear(2 * dims.width, dims.width)
+
+    def features(self, visit: Visit, intent: Tensor) -> Tensor:
+        # A latent is a row of softmaxes and never zero, so a slot whose first entry sums to 0 is an empty one.
+        filled = visit.history[..., : self.dims.latent_dim].sum(-1) > 0  # [B, W]
+        x = self.embed(visit.history) + self.position  # [B, W, width]
+        for block in self.blocks:
+            x = block(x, filled)
+        seen = self.norm(x[:, -1])
+        gate = torch.sigmoid(self.gate(torch.cat([seen, intent], dim=-1)))
+        return gate * seen + (1 - gate) * intent
+
+
+class _Block(nn.Module):
+    """A pre-norm Transformer encoder layer that attends to filled slots only."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, filled: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, W, d]
+        # Every slot may look at itself, so that a row without any history has something to attend to.
+        mask = filled[:, None, None, :] | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(mish(self.up(self.norm2(x))))
+
+
+CORRECTORS: dict[str, type[BaseCorrector]] = {c.arch: c for c in (TwoTowerCorrector, TemporalTransformerCorrector)}
+
+
+def build_corrector(arch: str, dims: CorrectorDims) -> BaseCorrector:
+    """A new corrector of a known architecture."""
+    return CORRECTORS[arch](dims)

@@ -1,0 +1,102 @@
+"""Building blocks of TD-MPC2's networks. Knows nothing of what the networks are for.
+
+Weights may be stored in bf16: each layer casts its input to the weight's dtype for the matrix product and does everything else
+(LayerNorm, activation) in fp32, so one code path serves exact fp32 and fast bf16.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def mish(x: Tensor) -> Tensor:
+    """x · tanh(softplus(x)), written with one exponential: x·n/(n+2) with n = eˣ(eˣ+2).
+
+    The exponent is capped at 20, where the quotient is 1 in fp32, so that n cannot overflow.
+    """
+    e = torch.exp(x.clamp(max=20.0))
+    n = e * (e + 2.0)
+    return x * (n / (n + 2.0))
+
+
+class SimNorm:
+    """Simplicial normalisation (TD-MPC2 §3.1): a softmax over each group of `dim` neighbouring features."""
+
+    def __init__(self, dim: int = 8) -> None:
+        self.dim = dim
+
+    def __call__(self, x: Tensor) -> Tensor:
+        groups = x.unflatten(-1, (-1, self.dim))
+        return torch.softmax(groups, dim=-1).flatten(-2)
+
+
+class Linear(nn.Module):
+    """Affine map whose product runs in the weight's dtype and whose result is fp32."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
+        self.bias = nn.Parameter(torch.zeros(out_dim))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias).float()
+
+
+class NormedLinear(Linear):
+    """Linear → LayerNorm → activation, the unit every TD-MPC2 network is made of."""
+
+    def __init__(self, in_dim: int, out_dim: int, activation: Activation = mish) -> None:
+        super().__init__(in_dim, out_dim)
+        self.ln = nn.LayerNorm(out_dim)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.ln(super().forward(x)))
+
+
+def mlp(in_dim: int, hidden: Sequence[int], out_dim: int, last: Activation | None = None) -> nn.Sequential:
+    """Normed hidden layers and a last layer: plain, or normed with the activation `last`."""
+    dims = [in_dim, *hidden]
+    layers: list[nn.Module] = [NormedLinear(i, o) for i, o in zip(dims, dims[1:], strict=False)]
+    layers.append(NormedLinear(dims[-1], out_dim, last) if last else Linear(dims[-1], out_dim))
+    return nn.Sequential(*layers)
+
+
+class LinearEnsemble(nn.Module):
+    """`num_heads` affine maps with stacked weights [E, out, in]; the first `normed` layers carry LayerNorm and Mish."""
+
+    def __init__(self, num_heads: int, in_dim: int, out_dim: int, normed: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, out_dim, in_dim))
+        self.bias = nn.Parameter(torch.zeros(num_heads, out_dim))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        self.ln = StackedLayerNorm(num_heads, out_dim) if normed else None
+
+    def forward(self, x: Tensor, head: int | Tensor) -> Tensor:
+        """x [B, N, in] → [B, N, out] through one head: the same for all rows (int), or one per row (Tensor [B])."""
+        if isinstance(head, int):
+            y = F.linear(x.to(self.weight.dtype), self.weight[head], self.bias[head]).float()
+        else:
+            weight, bias = self.weight[head], self.bias[head]  # [B, out, in], [B, out]
+            y = torch.baddbmm(bias.unsqueeze(1), x.to(weight.dtype), weight.transpose(1, 2)).float()
+        return y if self.ln is None else mish(self.ln(y, head))
+
+
+class StackedLayerNorm(nn.Module):
+    """LayerNorm with one scale and shift per head, [E, dim]."""
+
+    def __init__(self, num_heads: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_heads, dim))
+        self.bias = nn.Parameter(torch.zeros(num_heads, dim))
+
+    def forward(self, x: Tensor, head: int | Tensor) -> Tensor:
+        normed = F.layer_norm(x, x.shape[-1:])
+        if isinstance(head, int):
+            return normed * self.weight[head] + self.bias[head]
+        return normed * self.weight[head].unsqueeze(1) + self.bias[head].unsqueeze(1)

@@ -1,0 +1,182 @@
+"""TD-MPC2's planner (Hansen et al., 2024, §3.2): MPPI over latent rollouts, batched over rows and pure.
+
+Every random draw comes in as one `PlannerNoise`, so a plan is a function of its arguments. What differs from the official code, without
+changing a value: axes are batch-first [B, N, H, A], each row has its own draws, and only the two drawn Q-heads are evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from specmpc_cli.engine.world_model import WorldModel
+from specmpc_cli.types import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class PlannerSettings:
+    """MPPI's numbers (STYLE glossary); `temperature` is TD-MPC2's inverse temperature."""
+
+    discount: float
+    horizon: int = 3
+    iterations: int = 6
+    num_samples: int = 512
+    num_elites: int = 64
+    num_pi_trajs: int = 24
+    min_std: float = 0.05
+    max_std: float = 2.0
+    temperature: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class PlannerNoise:
+    """All draws of B plans."""
+
+    prior_eps: Tensor  # [B, P, H, A] standard normal: the policy prior's rollouts
+    sample_eps: Tensor  # [B, I, N-P, H, A] standard normal: candidates of each iteration
+    terminal_eps: Tensor  # [B, I, N, A] standard normal: the policy's action at each candidate's last latent
+    q_index: Tensor  # [B, I, 2] int64: the two Q-heads of each iteration
+    exponential: Tensor  # [B, K] ~ Exp(1): which elite is executed (the Gumbel trick)
+    action_eps: Tensor | None = None  # [B, A] standard normal: exploration noise on the first action, None when evaluating
+
+
+class Search(NamedTuple):
+    """Where the search stands after an iteration."""
+
+    mean: Tensor  # [B, H, A]
+    std: Tensor  # [B, H, A]
+    elites: Tensor  # [B, K, H, A]
+    scores: Tensor  # [B, K] normalised weights of the elites
+    elite_values: Tensor  # [B, K]
+    values: Tensor  # [B, N] of all candidates, prior samples first
+
+
+class Kernels(NamedTuple):
+    """The two functions that take nearly all of a plan's time; engine/compiled.py provides compiled ones."""
+
+    prior_actions: Callable[[WorldModel, Tensor, Tensor], Tensor]
+    iterate: Callable[..., Search]
+
+
+def plan(
+    model: WorldModel,
+    z: Tensor,
+    warm_start: Tensor,
+    noise: PlannerNoise,
+    settings: PlannerSettings,
+    *,
+    kernels: Kernels | None = None,
+    rollout_model: WorldModel | None = None,
+    on_iteration: Callable[[Search], None] | None = None,
+) -> Plan:
+    """Plans from latents z [B, Z].
+
+    Args:
+        warm_start: [B, H, A], the previous mean shifted by its age; zeros on an episode's first step.
+        rollout_model: predicts `Plan.latents`, by default `model`; the runner passes its fp32 model, because
+            these latents are compared with real ones.
+        on_iteration: sees each iteration's `Search` (parity tests).
+
+    Returns:
+        A plan whose `actions` [B, H, A] are one elite drawn by weight, as the official code executes it.
+    """
+    rows, horizon = z.shape[0], settings.horizon
+    assert warm_start.shape[:2] == (rows, horizon), (warm_start.shape, rows, horizon)
+    kernels = kernels or EAGER
+    prior = kernels.prior_actions(model, z, noise.prior_eps)  # [B, P, H, A]
+    mean, std = warm_start, torch.full_like(warm_start, settings.max_std)
+    search = None
+    for i in range(settings.iterations):
+        search = kernels.iterate(
+            model, z, mean, std, prior, noise.sample_eps[:, i], noise.terminal_eps[:, i], noise.q_index[:, i], settings
+        )
+        mean, std = search.mean, search.std
+        if on_iteration is not None:
+            on_iteration(search)
+    assert search is not None, "a plan needs at least one iteration"
+    return _select(rollout_model or model, z, search, noise)
+
+
+def prior_actions(model: WorldModel, z: Tensor, eps: Tensor) -> Tensor:
+    """Rollouts of the policy prior from z [B, Z] with eps [B, P, H, A] → actions [B, P, H, A]."""
+    num, horizon = eps.shape[1], eps.shape[2]
+    z = z.unsqueeze(1).expand(-1, num, -1)
+    actions = []
+    for t in range(horizon):
+        actions.append(model.pi_sample(z, eps[:, :, t]))
+        if t < horizon - 1:
+            z = model.next(z, actions[-1])
+    return torch.stack(actions, dim=2)
+
+
+def iterate(
+    model: WorldModel,
+    z: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    prior: Tensor,
+    sample_eps: Tensor,
+    terminal_eps: Tensor,
+    q_index: Tensor,
+    settings: PlannerSettings,
+) -> Search:
+    """One MPPI iteration: sample candidates, value them, refit the sampling distribution to the elites."""
+    # Candidates: the policy prior's, then draws from the sampling distribution.
+    drawn = (mean.unsqueeze(1) + std.unsqueeze(1) * sample_eps).clamp(-1, 1)
+    candidates = torch.cat([prior, drawn], dim=1)  # [B, N, H, A]
+    values = estimate_value(model, z, candidates, terminal_eps, q_index, settings.discount).nan_to_num(0)  # [B, N]
+
+    # Elites and their weights.
+    elite_values, index = torch.topk(values, settings.num_elites, dim=1)  # [B, K]
+    elites = candidates.gather(1, index[..., None, None].expand(-1, -1, *candidates.shape[2:]))  # [B, K, H, A]
+    scores = torch.exp(settings.temperature * (elite_values - elite_values[:, :1]))
+    scores = scores / scores.sum(1, keepdim=True)
+
+    # The weighted mean and spread of the elites.
+    weight = scores[..., None, None]
+    total = scores.sum(1)[:, None, None] + 1e-9
+    mean = (weight * elites).sum(1) / total
+    std = ((weight * (elites - mean.unsqueeze(1)) ** 2).sum(1) / total).sqrt()
+    return Search(mean, std.clamp(settings.min_std, settings.max_std), elites, scores, elite_values, values)
+
+
+def estimate_value(model: WorldModel, z: Tensor, actions: Tensor, terminal_eps: Tensor, q_index: Tensor, discount: float) -> Tensor:
+    """Discounted model return of action sequences [B, N, H, A] from z [B, Z], the Q-ensemble's value at the end; → [B, N]."""
+    z = z.unsqueeze(1).expand(-1, actions.shape[1], -1)
+    value = torch.zeros_like(actions[..., 0, 0])
+    ended = torch.zeros_like(value)
+    weight = 1.0
+    for t in range(actions.shape[2]):
+        value = value + weight * (1 - ended) * model.reward(z, actions[:, :, t])
+        z = model.next(z, actions[:, :, t])
+        weight *= discount
+        if model.termination_net is not None:
+            ended = (ended + model.terminates(z)).clamp(max=1)
+    return value + weight * (1 - ended) * model.q_pair(z, model.pi_sample(z, terminal_eps), q_index)
+
+
+def _select(model: WorldModel, z: Tensor, search: Search, noise: PlannerNoise) -> Plan:
+    """Draws one elite by weight, adds exploration noise if there is any, and predicts the latents it leads through."""
+    drawn = (torch.log(search.scores) - torch.log(noise.exponential)).argmax(1)  # [B]
+    row = torch.arange(z.shape[0], device=z.device)
+    actions, std = search.elites[row, drawn], search.std
+    if noise.action_eps is not None:
+        actions = torch.cat([actions[:, :1] + (std[:, 0] * noise.action_eps).unsqueeze(1), actions[:, 1:]], dim=1)
+    actions = actions.clamp(-1, 1)
+    latents = [z]
+    for t in range(actions.shape[1]):
+        latents.append(model.next(latents[-1], actions[:, t]))
+    return Plan(
+        actions=actions,
+        latents=torch.stack(latents, dim=1),
+        mean=search.mean,
+        std=std,
+        value=search.elite_values[row, drawn],
+    )
+
+
+EAGER = Kernels(prior_actions, iterate)

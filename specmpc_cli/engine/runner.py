@@ -1,0 +1,189 @@
+"""Speculative control: plan once, execute the plan, compare prediction with reality, and accept, correct or plan again.
+
+The runner holds no state: `act` takes the state and returns the next one. Plain TD-MPC2 is the runner with an execution horizon of 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from specmpc_cli.engine.gate import METRICS, GateRule, decide
+from specmpc_cli.engine.planner import PlannerSettings
+from specmpc_cli.engine.world_model import WorldModel
+from specmpc_cli.types import Corrector, Decision, Plan, ReplanReason, Rows, RunnerState, StepLog, Visit
+
+Tail = Literal["policy", "hold"]
+
+
+class Planner(Protocol):
+    """Makes plans of B rows from latents, warm starts and the keys of their random draws."""
+
+    settings: PlannerSettings
+
+    def __call__(self, z: Tensor, warm_start: Tensor, streams: Tensor, steps: Tensor) -> Plan: ...
+
+
+@dataclass(frozen=True)
+class Assessment(Rows):
+    """One step seen and judged, before any planner call."""
+
+    visit: Visit
+    mismatch: Tensor  # [B] NaN on an episode's first step
+    delta: Tensor  # [B, A] the corrector's proposal, 0 without one
+    decision: Tensor  # [B]
+    reason: Tensor  # [B]
+    warm_start: Tensor  # [B, H, A] of the plan a replan would make
+
+
+class SpeculativeRunner:
+    """Acts with few planner calls. Implements `types.Actor`."""
+
+    def __init__(
+        self,
+        model: WorldModel,
+        planner: Planner,
+        rule: GateRule,
+        corrector: Corrector | None = None,
+        *,
+        tail: Tail = "policy",
+        history: int = 8,
+    ) -> None:
+        """
+        Args:
+            model: the fp32 world model that encodes observations and predicts latents.
+            tail: how a plan goes on beyond the planner's horizon: `policy` follows the policy prior's mean through the
+                dynamics, `hold` repeats the last planned action.
+            history: W, the steps a corrector may look back on.
+        """
+        self.model = model
+        self.planner = planner
+        self.rule = rule
+        self.corrector = corrector
+        self.history = history
+        self._next_action = model.pi_mean if tail == "policy" else None
+        # One spare step: the observation at which a plan is exhausted still has a planned action to compare and to learn from.
+        self._length = max(planner.settings.horizon, rule.horizon + 1)
+
+    def initial_state(self, batch: int) -> RunnerState:
+        """A state of `batch` rows, none of which has begun an episode."""
+        d, horizon, length = self.model.dims, self.planner.settings.horizon, self._length
+        like = next(self.model.parameters())
+        zeros = like.new_zeros
+        plan = Plan(
+            actions=zeros(batch, length, d.action_dim),
+            latents=zeros(batch, length + 1, d.latent_dim),
+            mean=zeros(batch, horizon, d.action_dim),
+            std=zeros(batch, horizon, d.action_dim),
+            value=zeros(batch),
+        )
+        count = torch.zeros(batch, dtype=torch.int64, device=like.device)
+        return RunnerState(plan, count, zeros(batch, self.history, 3 * d.latent_dim + d.action_dim), count, count)
+
+    def begin(self, state: RunnerState, rows: Tensor, streams: Tensor) -> RunnerState:
+        """Resets these rows and names their random streams."""
+        fresh = replace(self.initial_state(len(rows)), stream=streams)
+        return state.put(rows, fresh)
+
+    @torch.inference_mode()
+    def act(self, obs: Tensor, state: RunnerState, first: Tensor) -> tuple[Tensor, RunnerState, StepLog]:
+        """See `types.Actor`. Only the rows that need a plan are planned."""
+        seen = self.assess(obs, state, first)
+        rows = torch.nonzero(seen.decision == Decision.REPLAN).squeeze(1)
+        fresh = self.replan(seen.take(rows), state.take(rows)) if len(rows) else None
+        return self.execute(seen, state, rows, fresh)
+
+    def assess(self, obs: Tensor, state: RunnerState, first: Tensor) -> Assessment:
+        """Encodes, compares with the plan, asks the corrector and decides; nothing is planned."""
+        assert obs.shape == (first.shape[0], self.model.dims.obs_dim), obs.shape
+        z = self.model.encode(obs)
+        row = torch.arange(len(first), device=z.device)
+        age = state.age.clamp(max=self._length - 1)
+        z_pred, planned = state.plan.latents[row, age], state.plan.actions[row, age]
+        z_pred = torch.where(first.unsqueeze(1), z, z_pred)
+        mismatch = METRICS[self.rule.metric](z, z_pred).masked_fill(first, torch.nan)
+
+        entry = torch.cat([z, z_pred, z - z_pred, planned], dim=1).masked_fill(first.unsqueeze(1), 0.0)
+        history = torch.cat([state.history[:, 1:], entry.unsqueeze(1)], dim=1).masked_fill(first[:, None, None], 0.0)
+        visit = Visit(z, z_pred, planned, self.model.pi_mean(z), state.age, history)
+
+        delta, expected_error = torch.zeros_like(planned), torch.zeros_like(mismatch)
+        if self.corrector is not None:
+            delta, expected_error = self.corrector(visit)
+        decision, reason = decide(mismatch, expected_error, state.age, first, self.rule)
+        return Assessment(visit, mismatch, delta, decision, reason, self._warm_start(state, first))
+
+    def replan(self, seen: Assessment, state: RunnerState) -> Plan:
+        """Plans every row given, and appends the tail."""
+        fresh = self.planner(seen.visit.z, seen.warm_start, state.stream, state.step)
+        return self._extend(fresh)
+
+    def execute(self, seen: Assessment, state: RunnerState, rows: Tensor, fresh: Plan | None) -> tuple[Tensor, RunnerState, StepLog]:
+        """Acts as decided. `fresh` holds the plans of the rows (indices) that decided to replan."""
+        planned, corrected = seen.visit.planned, seen.decision == Decision.CORRECT
+        delta = torch.where(corrected.unsqueeze(1), seen.delta, 0.0)
+        action = (planned + delta).clamp(-1, 1)
+        correction_norm = torch.linalg.vector_norm(action - planned, dim=1).masked_fill(~corrected, 0.0)
+        plan, age = state.plan, state.age
+        if fresh is not None:
+            plan = plan.put(rows, fresh)
+            age = age.index_fill(0, rows, 0)
+            action = action.index_copy(0, rows, fresh.actions[:, 0])
+        log = StepLog(
+            decision=seen.decision,
+            reason=seen.reason,
+            age=age,
+            mismatch=seen.mismatch,
+            correction_norm=correction_norm,
+            planner_iterations=(seen.decision == Decision.REPLAN) * self.planner.settings.iterations,
+        )
+        return action, RunnerState(plan, age + 1, seen.visit.history, state.stream, state.step + 1), log
+
+    def _warm_start(self, state: RunnerState, first: Tensor) -> Tensor:
+        """The old plan's mean shifted by its age, per row; where it runs out the tail's actions, where those run out 0; → [B, H, A]."""
+        plan, horizon = state.plan, self.planner.settings.horizon
+        course = torch.cat([plan.mean, plan.actions[:, horizon:]], dim=1)  # [B, L, A]
+        index = state.age.unsqueeze(1) + torch.arange(horizon, device=course.device)  # [B, H]
+        inside = (index < course.shape[1]) & ~first.unsqueeze(1)
+        index = index.clamp(max=course.shape[1] - 1)
+        shifted = course.gather(1, index.unsqueeze(2).expand(-1, -1, course.shape[2]))
+        return torch.where(inside.unsqueeze(2), shifted, 0.0)
+
+    def _extend(self, plan: Plan) -> Plan:
+        """Appends the tail: actions and latents up to this runner's plan length."""
+        actions, latents = list(plan.actions.unbind(1)), list(plan.latents.unbind(1))
+        while len(actions) < self._length:
+            actions.append(actions[-1] if self._next_action is None else self._next_action(latents[-1]))
+            latents.append(self.model.next(latents[-1], actions[-1]))
+        return replace(plan, actions=torch.stack(actions, dim=1), latents=torch.stack(latents, dim=1))
+
+
+@dataclass(frozen=True)
+class PolicyState(Rows):
+    """The bare policy prior remembers nothing; the record only knows its number of rows."""
+
+    stream: Tensor  # [B]
+
+
+class PolicyActor:
+    """Acts with the policy prior's mean: zero planner calls, the control every comparison needs. Implements `types.Actor`."""
+
+    def __init__(self, model: WorldModel) -> None:
+        self.model = model
+
+    def initial_state(self, batch: int) -> PolicyState:
+        return PolicyState(torch.zeros(batch, dtype=torch.int64, device=next(self.model.parameters()).device))
+
+    def begin(self, state: PolicyState, rows: Tensor, streams: Tensor) -> PolicyState:
+        return state.put(rows, PolicyState(streams))
+
+    @torch.inference_mode()
+    def act(self, obs: Tensor, state: PolicyState, first: Tensor) -> tuple[Tensor, PolicyState, StepLog]:
+        action = self.model.pi_mean(self.model.encode(obs))
+        zero = torch.zeros_like(first, dtype=torch.int64)
+        none = torch.full(first.shape, torch.nan, device=first.device)
+        log = StepLog(zero - 1, zero + int(ReplanReason.NONE), zero, none, torch.zeros_like(none), zero)
+        return action, state, log

@@ -1,0 +1,150 @@
+"""TD-MPC2's latent world model (Hansen et al., 2024, §3): forward passes only.
+
+Encoder, dynamics, reward, optional termination, policy prior and a Q-ensemble with its target copy. It knows no losses, no planning and
+no tasks: a member of a multi-task checkpoint is turned into such a single-task model when it is imported (engine/official.py).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from specmpc_cli.engine.layers import Linear, LinearEnsemble, SimNorm, mlp
+from specmpc_cli.engine.twohot import two_hot_inv
+
+
+@dataclass(frozen=True, slots=True)
+class WorldModelDims:
+    """Every size that fixes the shapes of a world model's weights, and the ranges its outputs are coded in."""
+
+    obs_dim: int
+    action_dim: int
+    latent_dim: int
+    mlp_dim: int
+    enc_dim: int
+    num_enc_layers: int
+    num_q: int
+    episodic: bool = False
+    num_bins: int = 101
+    vmin: float = -10.0
+    vmax: float = 10.0
+    simnorm_dim: int = 8
+    log_std_min: float = -10.0
+    log_std_max: float = 2.0
+
+
+# Millions of parameters → sizes (TD-MPC2, appendix H).
+MODEL_SIZES: dict[int, dict[str, int]] = {
+    1: {"enc_dim": 256, "num_enc_layers": 2, "mlp_dim": 384, "latent_dim": 128, "num_q": 2},
+    5: {"enc_dim": 256, "num_enc_layers": 2, "mlp_dim": 512, "latent_dim": 512, "num_q": 5},
+    19: {"enc_dim": 1024, "num_enc_layers": 3, "mlp_dim": 1024, "latent_dim": 768, "num_q": 5},
+    48: {"enc_dim": 1792, "num_enc_layers": 4, "mlp_dim": 1792, "latent_dim": 768, "num_q": 5},
+    317: {"enc_dim": 4096, "num_enc_layers": 5, "mlp_dim": 4096, "latent_dim": 1376, "num_q": 8},
+}
+
+
+class QEnsemble(nn.Module):
+    """`num_q` value heads with stacked weights: [z, a] → bin logits."""
+
+    def __init__(self, num_q: int, in_dim: int, hidden: int, num_bins: int) -> None:
+        super().__init__()
+        self.num_q = num_q
+        self.layers = nn.ModuleList(
+            [
+                LinearEnsemble(num_q, in_dim, hidden, normed=True),
+                LinearEnsemble(num_q, hidden, hidden, normed=True),
+                LinearEnsemble(num_q, hidden, num_bins, normed=False),
+            ]
+        )
+
+    def logits(self, x: Tensor, head: int | Tensor) -> Tensor:
+        """x [B, N, Z+A] → [B, N, bins] of one head (the same for all rows, or one per row [B])."""
+        for layer in self.layers:
+            x = layer(x, head)
+        return x
+
+
+class WorldModel(nn.Module):
+    """The networks of one task. Leading axes are free unless a shape is given; results are fp32."""
+
+    def __init__(self, dims: WorldModelDims) -> None:
+        super().__init__()
+        self.dims = d = dims
+        simnorm = SimNorm(d.simnorm_dim)
+        hidden = [d.mlp_dim, d.mlp_dim]
+        za = d.latent_dim + d.action_dim
+        self.encoder = mlp(d.obs_dim, [d.enc_dim] * max(d.num_enc_layers - 1, 1), d.latent_dim, simnorm)
+        self.dynamics = mlp(za, hidden, d.latent_dim, simnorm)
+        self.reward_net = mlp(za, hidden, d.num_bins)
+        self.termination_net = mlp(d.latent_dim, hidden, 1) if d.episodic else None
+        self.pi_net = mlp(d.latent_dim, hidden, 2 * d.action_dim)
+        self.q = QEnsemble(d.num_q, za, d.mlp_dim, d.num_bins)
+        self.q_target = QEnsemble(d.num_q, za, d.mlp_dim, d.num_bins).requires_grad_(False)
+        self._zero_last_layers()
+
+    def _zero_last_layers(self) -> None:
+        """Reward and Q start at zero, as in the paper's appendix; the target starts as a copy."""
+        for last in (self.reward_net[-1], self.q.layers[-1]):
+            assert isinstance(last, Linear | LinearEnsemble)
+            nn.init.zeros_(last.weight)
+        self.q_target.load_state_dict(self.q.state_dict())
+
+    def encode(self, obs: Tensor) -> Tensor:
+        """Observation [..., O] → latent [..., Z]."""
+        return self.encoder(obs)
+
+    def next(self, z: Tensor, a: Tensor) -> Tensor:
+        """Latent and action → predicted next latent [..., Z]."""
+        return self.dynamics(torch.cat([z, a], dim=-1))
+
+    def reward(self, z: Tensor, a: Tensor) -> Tensor:
+        """Expected reward of one env step, [...]."""
+        return self.decode(self.reward_net(torch.cat([z, a], dim=-1)))
+
+    def terminates(self, z: Tensor) -> Tensor:
+        """1.0 where the model says that the episode ended at z, else 0.0, [...]. All 0 without a termination head."""
+        if self.termination_net is None:
+            return z.new_zeros(z.shape[:-1])
+        return (self.termination_net(z).squeeze(-1) > 0.0).float()  # sigmoid(x) > 0.5
+
+    def pi(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Policy prior before squashing: mean and log-std, each [..., A]."""
+        mean, log_std = self.pi_net(z).chunk(2, dim=-1)
+        low, high = self.dims.log_std_min, self.dims.log_std_max
+        return mean, low + 0.5 * (high - low) * (torch.tanh(log_std) + 1.0)
+
+    def pi_mean(self, z: Tensor) -> Tensor:
+        """The policy prior's squashed mean [..., A]: its deterministic action."""
+        return torch.tanh(self.pi(z)[0])
+
+    def pi_sample(self, z: Tensor, eps: Tensor) -> Tensor:
+        """A squashed draw of the policy prior [..., A] for standard normal eps [..., A]."""
+        mean, log_std = self.pi(z)
+        return torch.tanh(mean + eps * torch.exp(log_std))
+
+    def q_pair(self, z: Tensor, a: Tensor, q_index: Tensor) -> Tensor:
+        """Mean value of two drawn Q-heads. z [B, N, Z], a [B, N, A], q_index [B, 2] → [B, N].
+
+        Only the two heads are evaluated (the official code evaluates all and then selects). With two heads in all, the
+        draw changes nothing, so the weights stay constants, which the compiler can pack once.
+        """
+        x = torch.cat([z, a], dim=-1)
+        heads: tuple[int | Tensor, ...] = (0, 1) if self.q.num_q == 2 else (q_index[:, 0], q_index[:, 1])
+        first, second = (self.decode(self.q.logits(x, head)) for head in heads)
+        return (first + second) / 2
+
+    def decode(self, logits: Tensor) -> Tensor:
+        """Bin logits [..., bins] → scalar [...]."""
+        return two_hot_inv(logits, self.dims.vmin, self.dims.vmax)
+
+    def compute_copy(self, dtype: torch.dtype) -> WorldModel:
+        """A frozen copy whose matrix products run in `dtype`; LayerNorm parameters stay fp32."""
+        twin = copy.deepcopy(self).requires_grad_(False).eval()
+        for module in twin.modules():
+            if isinstance(module, Linear | LinearEnsemble):
+                module.weight.data = module.weight.data.to(dtype)
+                module.bias.data = module.bias.data.to(dtype)
+        return twin

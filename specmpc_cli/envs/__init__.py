@@ -1,0 +1,1 @@
+"""Tasks behind one contract (adapter.py). Knows no models; suites are imported on use."""

@@ -1,0 +1,33 @@
+"""Errors a user can mend. The text is one line: what was expected, what came, what to do. The command line exits with 2 on them."""
+
+
+class SpecMPCError(Exception):
+    """Base of every error whose remedy is the user's."""
+
+
+class ConfigError(SpecMPCError):
+    """An option, preset or setting that does not fit."""
+
+
+class UnknownTask(SpecMPCError):
+    """A task name outside the registry."""
+
+
+class SuiteNotInstalled(SpecMPCError):
+    """A task whose suite, or its assets, is not on this machine."""
+
+
+class CheckpointError(SpecMPCError):
+    """A teacher or corrector file that is missing, foreign, damaged or does not fit."""
+
+
+class DatasetError(SpecMPCError):
+    """A dataset that is missing, foreign, damaged or of another teacher."""
+
+
+class StoreError(SpecMPCError):
+    """The store cannot be read or written."""
+
+
+class GateFailed(SpecMPCError):
+    """A `--require` that no row of a comparison meets (exit code 3)."""

@@ -1,0 +1,42 @@
+"""Files that are whole or absent: written beside, flushed, renamed. Knows nothing of what is in them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from specmpc_cli.errors import StoreError
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Replaces `path` with `content` in one step. Raises StoreError if the folder cannot be written."""
+    data = content.encode() if isinstance(content, str) else content
+    with replacing(path) as beside:
+        beside.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write to; on success it takes `path`'s place, on failure it is removed and `path` is untouched."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        make_folder(path.parent)
+        yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}; choose another --store or free it") from None
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Creates a folder and its parents. Raises StoreError where that is not allowed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot create {folder}: {error.strerror or error}; choose another --store") from None

@@ -1,0 +1,1 @@
+"""Learning from data with the engine. Knows no environments and no store."""

@@ -1,0 +1,155 @@
+"""Device, dtype and thread choice, random streams, clocks. Knows nothing of models and environments."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import torch
+
+from specmpc_cli.errors import ConfigError
+
+EPISODES_PER_SEED = 10_000
+SEEDS = 50_000
+
+
+class Purpose(StrEnum):
+    """What an episode is run for. Purposes never share an environment seed."""
+
+    TRAIN = "train"
+    TRAIN_EVAL = "train-eval"
+    COLLECT = "collect"
+    CALIBRATE = "calibrate"
+    TUNE = "tune"
+    COMPARE = "compare"
+
+
+def env_seed(purpose: Purpose, seed: int, episode: int) -> int:
+    """Environment seed of an episode: base[purpose] + seed·10⁴ + episode, below 2³². Raises ConfigError outside the disjoint ranges."""
+    if not 0 <= seed < SEEDS:
+        raise ConfigError(f"--seed must lie in 0..{SEEDS - 1}, got {seed}")
+    if not 0 <= episode < EPISODES_PER_SEED:
+        raise ConfigError(f"at most {EPISODES_PER_SEED} episodes run under one seed, got episode {episode}; use another --seed")
+    base = list(Purpose).index(purpose) * SEEDS * EPISODES_PER_SEED
+    return base + seed * EPISODES_PER_SEED + episode
+
+
+def stream_key(purpose: Purpose, seed: int, episode: int) -> int:
+    """The 63-bit name of an episode's planner and policy draws, the same on every machine."""
+    digest = hashlib.blake2b(f"{purpose}/{seed}/{episode}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """Where and how tensors are computed; fixed for the life of a command."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the planner's matrix products; everything else is fp32
+    compiled: bool
+    threads: int
+    notes: tuple[str, ...] = ()  # what the user should know about these choices
+
+    @property
+    def dtype_name(self) -> str:
+        return "bf16" if self.dtype == torch.bfloat16 else "fp32"
+
+
+def choose_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
+    """Resolves `--device` and `--dtype`.
+
+    `auto` takes CUDA where there is one, and bf16 where the hardware multiplies it (CUDA; CPUs with AMX or AVX512-BF16), fp32 elsewhere:
+    emulated bf16 is several times slower than fp32. Compilation needs a C++ compiler and can be switched off with SPECMPC_COMPILE=0.
+
+    Raises:
+        ConfigError: an unknown device or dtype, or CUDA asked for where there is none.
+    """
+    notes = []
+    chosen = _choose_device(device)
+    fast_bf16 = chosen.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    match dtype:
+        case "auto":
+            resolved = torch.bfloat16 if fast_bf16 else torch.float32
+        case "bf16":
+            resolved = torch.bfloat16
+            if not fast_bf16:
+                notes.append("this CPU has no bf16 instructions: --dtype bf16 is emulated here and slower than fp32")
+        case "fp32":
+            resolved = torch.float32
+        case _:
+            raise ConfigError(f"--dtype must be auto, bf16 or fp32, got {dtype!r}")
+    compiled = os.environ.get("SPECMPC_COMPILE", "1") != "0"
+    if compiled and chosen.type == "cpu" and _cxx_compiler() is None:
+        compiled = False
+        notes.append("no C++ compiler found: planning runs eagerly, 2 to 3 times slower (install g++ to compile)")
+    if chosen.type == "cpu":
+        _keep_freed_memory()
+    return Runtime(chosen, resolved, compiled, torch.get_num_threads(), tuple(notes))
+
+
+def _choose_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    return chosen
+
+
+def _cxx_compiler() -> str | None:
+    return next((path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None)
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc to reuse large freed blocks instead of returning them to the kernel.
+
+    A plan allocates and frees hundreds of 0.8 MB activations; by default each is a fresh mapping whose every page faults,
+    which took a quarter of an eager plan's time where this was measured.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    libc = ctypes.CDLL(None)
+    libc.mallopt(m_mmap_threshold, 1 << 30)
+    libc.mallopt(m_trim_threshold, 512 << 20)
+
+
+def use_compile_cache() -> None:
+    """Keeps compiled kernels in the user's cache folder, so that a second start compiles nothing. Before the first compilation."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / "specmpc" / "inductor"))
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Stopwatch:
+    """Times stretches of work; synchronises the device before each reading of the clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._started = 0.0
+
+    def start(self) -> None:
+        synchronise(self._device)
+        self._started = time.perf_counter()
+
+    def stop_ms(self) -> float:
+        """Milliseconds since `start`."""
+        synchronise(self._device)
+        return (time.perf_counter() - self._started) * 1e3

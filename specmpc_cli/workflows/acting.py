@@ -1,0 +1,144 @@
+"""Ways of acting: from a mode, a horizon and a corrector to an actor. Knows no environments' insides and runs nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from specmpc_cli.config.schema import Config, PlannerConfig
+from specmpc_cli.engine.batched_planner import BatchedPlanner
+from specmpc_cli.engine.compiled import batch_sizes_for, kernels_for
+from specmpc_cli.engine.gate import GateRule
+from specmpc_cli.engine.planner import PlannerSettings
+from specmpc_cli.engine.runner import PolicyActor, SpeculativeRunner
+from specmpc_cli.errors import CheckpointError, ConfigError
+from specmpc_cli.runtime import Runtime
+from specmpc_cli.types import Actor, EnvSpec
+from specmpc_cli.workflows.store import FittedCorrector, Teacher
+
+LARGE_ACTION_DIM = 20  # from here on TD-MPC2 adds iterations
+DEFAULT_HISTORY = 8
+
+
+class Mode(StrEnum):
+    """How `eval` and `compare` can act."""
+
+    BASELINE = "baseline"  # replan every step
+    POLICY = "policy"  # the policy prior alone
+    NAIVE = "naive"  # k steps of each plan, no gate, no corrector
+    CORRECTED = "corrected"  # k steps of each plan, gate and corrector
+    ADAPTIVE = "adaptive"  # the gate decides
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way of acting: a row of a comparison."""
+
+    mode: Mode
+    horizon: int | None = None  # None for policy
+    corrector: FittedCorrector | None = None
+    rule: GateRule | None = None  # replaces the rule that mode, horizon and corrector imply
+
+    @property
+    def label(self) -> str:
+        """As tables and plots name it: `corrected 6 (two-tower)`."""
+        parts = [self.mode.value]
+        if self.mode in (Mode.NAIVE, Mode.CORRECTED):
+            parts.append(str(self.horizon))
+        if self.corrector is not None:
+            parts.append(f"({self.corrector.arch})")
+        return " ".join(parts)
+
+    def gate_rule(self) -> GateRule:
+        """The gate of this way; meaningless for policy."""
+        if self.rule is not None:
+            return self.rule
+        assert self.horizon is not None
+        if self.corrector is not None:
+            return self.corrector.rule(self.horizon)
+        return GateRule(self.horizon, accept_below=math.inf)
+
+
+def planner_settings(config: PlannerConfig, spec: EnvSpec) -> PlannerSettings:
+    """The planner's numbers for one task: TD-MPC2 adds iterations where actions are large."""
+    extra = config.large_action_iterations if spec.action_dim >= LARGE_ACTION_DIM else 0
+    values = config.model_dump(exclude={"large_action_iterations"})
+    return PlannerSettings(discount=spec.discount, **{**values, "iterations": config.iterations + extra})
+
+
+class Workbench:
+    """A teacher on a device, ready to act in any way. Its planner is built, and compiled, once."""
+
+    def __init__(self, teacher: Teacher, spec: EnvSpec, config: Config, runtime: Runtime) -> None:
+        """Raises CheckpointError if the teacher's dimensions are not the task's."""
+        dims = teacher.model.dims
+        for what, have, want in (("observation", dims.obs_dim, spec.obs_dim), ("action", dims.action_dim, spec.action_dim)):
+            if have != want:
+                raise CheckpointError(
+                    f"the teacher in {teacher.path} expects {have} {what} dimensions, {spec.task} has {want}; import the right one"
+                )
+        self.teacher, self.spec, self.config, self.runtime = teacher, spec, config, runtime
+        self.model = teacher.model.to(runtime.device)
+        self.planner = BatchedPlanner(
+            self.model,
+            planner_settings(config.planner, spec),
+            dtype=runtime.dtype,
+            kernels=kernels_for(runtime),
+            batch_sizes=batch_sizes_for(runtime),
+        )
+
+    def actor(self, way: Way) -> Actor[Any]:
+        """An actor for this way. Raises CheckpointError for a corrector of another teacher."""
+        return PolicyActor(self.model) if way.mode is Mode.POLICY else self.runner(way)
+
+    def runner(self, way: Way) -> SpeculativeRunner:
+        """The speculative runner of a way other than policy."""
+        corrector = way.corrector
+        if corrector is not None and corrector.teacher_sha256 != self.teacher.sha256:
+            raise CheckpointError(f"the corrector in {corrector.path} was distilled from another teacher; fit one for this teacher")
+        return SpeculativeRunner(
+            self.model,
+            self.planner,
+            way.gate_rule(),
+            corrector.network.to(self.runtime.device) if corrector else None,
+            tail=self.config.speculation.tail,
+            history=corrector.network.dims.history if corrector else DEFAULT_HISTORY,
+        )
+
+    def warm_up(self) -> None:
+        """Makes one plan per batch size, which compiles what will be compiled."""
+        import torch
+
+        d, device = self.model.dims, self.runtime.device
+        with torch.inference_mode():
+            for rows in batch_sizes_for(self.runtime):
+                z = self.model.encode(torch.zeros(rows, d.obs_dim, device=device))
+                warm_start = torch.zeros(rows, self.planner.settings.horizon, d.action_dim, device=device)
+                index = torch.zeros(rows, dtype=torch.int64, device=device)
+                self.planner(z, warm_start, index, index)
+
+
+def adaptive_way(corrector: FittedCorrector, config: Config, accept_below: float | None, replan_above: float | None) -> Way:
+    """The adaptive way with the corrector's calibrated gate, or with thresholds given by hand.
+
+    Raises:
+        ConfigError: neither a calibrated gate nor both thresholds, or thresholds in the wrong order.
+    """
+    rule = corrector.rule(config.speculation.max_age)
+    if accept_below is None and replan_above is None and not corrector.calibrated:
+        raise ConfigError(
+            f"adaptive mode needs a gate, and the {corrector.arch} corrector in {corrector.path} carries no calibrated one; "
+            "give thresholds with --accept-below and --replan-above"
+        )
+    return Way(Mode.ADAPTIVE, config.speculation.max_age, corrector, with_thresholds(rule, accept_below, replan_above))
+
+
+def with_thresholds(rule: GateRule, accept_below: float | None, replan_above: float | None) -> GateRule:
+    """The rule with thresholds given by hand. Raises ConfigError if they are in the wrong order."""
+    low = rule.accept_below if accept_below is None else accept_below
+    high = rule.replan_above if replan_above is None else replan_above
+    if not low <= high:
+        raise ConfigError(f"--accept-below ({low:g}) must not exceed --replan-above ({high:g})")
+    return replace(rule, accept_below=low, replan_above=high)

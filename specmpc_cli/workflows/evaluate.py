@@ -1,0 +1,171 @@
+"""Evaluating one way of acting: returns from batched episodes, latency from a pass of its own, all of it as one row of a report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from specmpc_cli.envs.vector import VectorEnv
+from specmpc_cli.runtime import Purpose
+from specmpc_cli.types import Decision, ReplanReason
+from specmpc_cli.versions import commit, versions
+from specmpc_cli.workflows.acting import Mode, Way, Workbench
+from specmpc_cli.workflows.rollout import Episode, EpisodeStats, Transition, rollout
+from specmpc_cli.workflows.statistics import cvar05, mean_ci95, ratio, ratio_ci95
+from specmpc_cli.workflows.store import timestamp
+
+REPORT_SCHEMA = 1
+LATENCY_STEPS, LATENCY_WARM_UP = 100, 10  # env steps timed per way, and steps before them that are not
+
+Report = dict[str, Any]
+Row = dict[str, Any]
+
+
+def episodes_of(purpose: Purpose, seed: int, count: int) -> list[Episode]:
+    """Episodes 0 .. count−1 of a purpose and seed; the same ones for every way, so that differences are paired."""
+    return [Episode(purpose, seed, index) for index in range(count)]
+
+
+def evaluate(
+    bench: Workbench,
+    way: Way,
+    envs: VectorEnv,
+    episodes: list[Episode],
+    *,
+    on_step: Callable[[Transition], None] | None = None,
+) -> list[EpisodeStats]:
+    """Runs the episodes in one way of acting."""
+    return rollout(bench.actor(way), envs, episodes, device=bench.runtime.device, on_step=on_step)
+
+
+def measure_latency(bench: Workbench, way: Way, envs: VectorEnv, seed: int) -> np.ndarray:
+    """Milliseconds from observation to action [steps], one environment at a time, warm-up left out."""
+    times: list[float] = []
+    rollout(
+        bench.actor(way),
+        VectorEnv(envs.envs[:1]),
+        [Episode(Purpose.TUNE, seed, 0)],
+        device=bench.runtime.device,
+        max_steps=LATENCY_WARM_UP + LATENCY_STEPS,
+        on_latency=times.append,
+    )
+    # An episode shorter than the warm-up keeps its second half.
+    return np.array(times[min(LATENCY_WARM_UP, len(times) // 2) :])
+
+
+def make_row(way: Way, stats: list[EpisodeStats], baseline: list[EpisodeStats] | None, latency: np.ndarray, use_success: bool) -> Row:
+    """One row of a report (CONTRACTS: JSON). `baseline` None leaves the comparison empty."""
+    returns = np.array([stat.episode_return for stat in stats])
+    success = np.array([stat.success for stat in stats], dtype=float)
+    score = success if use_success else returns
+    steps = sum(stat.env_steps for stat in stats)
+    calls = sum(stat.planner_calls for stat in stats)
+    row: Row = {
+        "mode": way.mode.value,
+        "horizon": way.horizon,
+        "corrector": way.corrector.arch if way.corrector else None,
+        "return_mean": float(returns.mean()),
+        "return_ci95": mean_ci95(returns),
+        "return_median": float(np.median(returns)),
+        "return_cvar05": cvar05(returns),
+        "return_vs_baseline": None,
+        "return_vs_baseline_ci95": None,
+        "success_rate": float(success.mean()) if use_success else None,
+        "termination_rate": float(np.mean([stat.terminated for stat in stats])),
+        "env_steps_per_episode": steps / len(stats),
+        "planner_calls_per_episode": calls / len(stats),
+        "planner_iterations_per_episode": sum(sum(stat.planner_iterations) for stat in stats) / len(stats),
+        "calls_saved": 1 - calls / steps,
+        **_gate_rates(way, stats, steps),
+        "step_ms_p50": float(np.quantile(latency, 0.5)),
+        "step_ms_p99": float(np.quantile(latency, 0.99)),
+        "control_hz": 1000 / float(latency.mean()),
+        "steps_per_plan_hist": _steps_per_plan(way, stats),
+        "by_age": _by_age(way, stats),
+        "episodes": [
+            {
+                "seed": stat.episode.env_seed,
+                "return": stat.episode_return,
+                "success": stat.success if use_success else None,
+                "steps": stat.env_steps,
+                "planner_calls": stat.planner_calls,
+            }
+            for stat in stats
+        ],
+    }
+    if baseline is not None:
+        reference = np.array([float(stat.success) if use_success else stat.episode_return for stat in baseline])
+        row["return_vs_baseline"] = ratio(score, reference)
+        row["return_vs_baseline_ci95"] = ratio_ci95(score, reference)
+    return row
+
+
+def _gate_rates(way: Way, stats: list[EpisodeStats], steps: int) -> Row:
+    """Shares of all env steps by decision; null for policy, which has no gate."""
+    names = ("accept_rate", "correct_rate", "replan_rate", "fallback_rate", "correction_norm_mean")
+    if way.mode is Mode.POLICY:
+        return dict.fromkeys(names)
+    decisions = Counter(decision for stat in stats for decision in stat.decisions)
+    fallbacks = sum(reason == ReplanReason.MISMATCH for stat in stats for reason in stat.reasons)
+    corrections = [
+        norm for stat in stats for norm, decision in zip(stat.correction_norms, stat.decisions, strict=True) if decision == Decision.CORRECT
+    ]
+    rates = [decisions[decision] / steps for decision in (Decision.ACCEPT, Decision.CORRECT, Decision.REPLAN)]
+    return dict(zip(names, [*rates, fallbacks / steps, float(np.mean(corrections)) if corrections else 0.0], strict=True))
+
+
+def _steps_per_plan(way: Way, stats: list[EpisodeStats]) -> list[int]:
+    """Plans by the env steps executed from them: entry i counts plans of i + 1 steps. Empty for policy."""
+    if way.mode is Mode.POLICY:
+        return []
+    counts = Counter(length for stat in stats for length in stat.steps_per_plan)
+    return [counts[length] for length in range(1, max(counts) + 1)]
+
+
+def _by_age(way: Way, stats: list[EpisodeStats]) -> list[Row]:
+    """Reward, mismatch and correction by the age of the plan the action came from; empty for policy."""
+    if way.mode is Mode.POLICY:
+        return []
+    ages = np.array([age for stat in stats for age in stat.ages])
+    columns = {
+        "reward_mean": np.array([reward for stat in stats for reward in stat.rewards]),
+        "mismatch_mean": np.array([mismatch for stat in stats for mismatch in stat.mismatches]),
+        "correction_norm_mean": np.array([norm for stat in stats for norm in stat.correction_norms]),
+    }
+    rows = []
+    for age in np.unique(ages):
+        at = ages == age
+        means = {name: _mean_or_none(values[at]) for name, values in columns.items()}
+        # At age 0 the plan was made at this very step: there is no older prediction of its own to compare with.
+        if age == 0:
+            means["mismatch_mean"] = None
+        rows.append({"age": int(age), "count": int(at.sum()), **means})
+    return rows
+
+
+def _mean_or_none(values: np.ndarray) -> float | None:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else None
+
+
+def make_report(bench: Workbench, seed: int, episodes: int, rows: list[Row]) -> Report:
+    """The document of `eval --json` and `compare --json` (CONTRACTS: JSON)."""
+    runtime = bench.runtime
+    return {
+        "schema": REPORT_SCHEMA,
+        "task": bench.spec.task,
+        "teacher": {"source": bench.teacher.source, "sha256": bench.teacher.sha256},
+        "device": str(runtime.device),
+        "dtype": runtime.dtype_name,
+        "threads": runtime.threads,
+        "compiled": runtime.compiled,
+        "seed": seed,
+        "episodes": episodes,
+        "versions": versions(),
+        "commit": commit(),
+        "date": timestamp(),
+        "rows": rows,
+    }

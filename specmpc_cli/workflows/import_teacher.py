@@ -1,0 +1,62 @@
+"""Importing an official TD-MPC2 checkpoint as a task's teacher."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from specmpc_cli.config.schema import Config
+from specmpc_cli.engine.checkpoint import weights_sha256
+from specmpc_cli.engine.official import load_official
+from specmpc_cli.envs.registry import TASK_SETS, make_env
+from specmpc_cli.errors import ConfigError
+from specmpc_cli.versions import versions
+from specmpc_cli.workflows.store import Store, timestamp
+
+
+@dataclass(frozen=True, slots=True)
+class ImportReport:
+    """The teacher that an import made."""
+
+    task: str
+    path: Path
+    sha256: str
+    parameters: int
+    dims: dict[str, float | int | bool]
+
+
+def import_teacher(store: Store, file: Path, *, task_set: str | None = None) -> ImportReport:
+    """Reads an official checkpoint, checks it against the task and puts it into the store.
+
+    Args:
+        task_set: mt30 or mt80, for multi-task checkpoints; the store's task names the member.
+
+    Raises:
+        ConfigError: an unknown task set, or a task outside it.
+        CheckpointError: see `engine.official.load_official`.
+    """
+    member = None
+    if task_set is not None:
+        if task_set not in TASK_SETS:
+            raise ConfigError(f"--task-set must be {' or '.join(TASK_SETS)}, got {task_set!r}")
+        if store.task not in TASK_SETS[task_set]:
+            raise ConfigError(f"{store.task} is not in {task_set}; its tasks are {', '.join(TASK_SETS[task_set])}")
+        member = TASK_SETS[task_set].index(store.task)
+    env = make_env(store.task)
+    spec = env.task_spec
+    env.close()
+    model = load_official(file, obs_dim=spec.obs_dim, action_dim=spec.action_dim, member=member)
+    origin = {
+        "made_by": "specmpc import",
+        "file": file.name,
+        "file_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "task_set": task_set,
+        "task": store.task,
+        "date": timestamp(),
+        "versions": versions(),
+    }
+    config = {**Config().model_dump(mode="json"), "dims": asdict(model.dims), "origin": origin}
+    path = store.save_teacher(model, config, [{"event": "import", **origin}])
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return ImportReport(store.task, path, weights_sha256(model.state_dict()), parameters, asdict(model.dims))

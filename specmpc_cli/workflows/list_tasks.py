@@ -1,0 +1,85 @@
+"""The task table with what is known of each task, and the check that each one runs."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import yaml
+
+from specmpc_cli.config.presets import zoo_root
+from specmpc_cli.envs.registry import TASKS, TaskEntry, make_env
+from specmpc_cli.errors import ConfigError
+
+CHECK_STEPS = 20
+
+
+def list_tasks(suite: str | None, *, check: bool, on_task: Any = None) -> dict[str, Any]:
+    """The document of `tasks --json` (CONTRACTS: JSON).
+
+    Args:
+        check: builds and resets every installed task and takes 20 random steps.
+        on_task: called with each task's name before it is looked at.
+
+    Raises:
+        ConfigError: an unknown suite.
+    """
+    suites = sorted({entry.suite.name for entry in TASKS.values()})
+    if suite is not None and suite not in suites:
+        raise ConfigError(f"--suite must be one of {', '.join(suites)}, got {suite!r}")
+    entries = [entry for entry in TASKS.values() if suite in (None, entry.suite.name)]
+    tasks = []
+    for entry in entries:
+        if on_task is not None:
+            on_task(entry.task)
+        tasks.append(_describe(entry) | (_check(entry) if check else {}))
+    return {"schema": 1, "tasks": tasks}
+
+
+def _describe(entry: TaskEntry) -> dict[str, Any]:
+    return {
+        "task": entry.task,
+        "suite": entry.suite.name,
+        "installed": entry.installed,
+        "obs_dim": entry.obs_dim,
+        "action_dim": entry.action_dim,
+        "decisions": entry.suite.decisions,
+        "teacher": embedded_teacher(entry.task),
+        "ok": None,
+        "error": None,
+        "steps_per_s": None,
+    }
+
+
+def embedded_teacher(task: str) -> dict[str, Any] | None:
+    """Size (millions of parameters) and measured return of the embedded teacher, None where there is none."""
+    path = zoo_root() / task / "teacher" / "config.yaml"
+    if not path.exists():
+        return None
+    origin = yaml.safe_load(path.read_text(encoding="utf-8")).get("origin", {})
+    return {"size": origin.get("size"), "return": origin.get("return")}
+
+
+def _check(entry: TaskEntry) -> dict[str, Any]:
+    if not entry.installed:
+        return {}
+    # Whatever a suite raises is what this check is there to report, beside the other tasks.
+    try:
+        return _run_steps(entry)
+    except Exception as error:  # noqa: BLE001
+        return {"ok": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
+
+
+def _run_steps(entry: TaskEntry) -> dict[str, Any]:
+    env = make_env(entry.task)
+    try:
+        env.reset(seed=0)
+        actions = np.random.default_rng(0).uniform(-1, 1, (CHECK_STEPS, env.task_spec.action_dim))
+        started = time.perf_counter()
+        for action in actions:
+            env.step(action)
+        speed = CHECK_STEPS / (time.perf_counter() - started)
+        return {"ok": True, "steps_per_s": round(speed, 1)}
+    finally:
+        env.close()

@@ -1,0 +1,90 @@
+"""Plots: return against planner calls saved, with intervals and the Pareto front."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from specmpc_cli.files import replacing
+
+Row = dict[str, Any]
+
+_MARKS = {"baseline": "o", "policy": "X", "naive": "s", "corrected": "D", "adaptive": "P"}
+_COLOURS = {None: "#6b7280", "two-tower": "#2563eb", "temporal": "#d97706"}
+
+
+def pareto_front(rows: list[Row]) -> list[Row]:
+    """The rows that no other beats in both calls saved and return, by calls saved. Rows without a ratio, and policy, do not count.
+
+    Policy makes no calls at all: it is the control, not a way of planning less.
+    """
+    entries = [row for row in rows if row["return_vs_baseline"] is not None and row["mode"] != "policy"]
+    front = [
+        row
+        for row in entries
+        if not any(
+            other["calls_saved"] >= row["calls_saved"]
+            and other["return_vs_baseline"] >= row["return_vs_baseline"]
+            and (other["calls_saved"], other["return_vs_baseline"]) != (row["calls_saved"], row["return_vs_baseline"])
+            for other in entries
+        )
+    ]
+    return sorted(front, key=lambda row: row["calls_saved"])
+
+
+def row_label(row: Row) -> str:
+    """`corrected 6 (two-tower)`."""
+    horizon = f" {row['horizon']}" if row["mode"] in ("naive", "corrected") else ""
+    corrector = f" ({row['corrector']})" if row["corrector"] else ""
+    return f"{row['mode']}{horizon}{corrector}"
+
+
+def plot_front(report: dict[str, Any], path: Path) -> None:
+    """Draws the comparison as a PNG: return ratio with its paired interval against calls saved."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import PercentFormatter
+
+    rows = [row for row in report["rows"] if row["return_vs_baseline"] is not None]
+    figure, axes = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
+    axes.axhline(1.0, color="#9ca3af", linewidth=1, linestyle=":")
+    front = pareto_front(rows)
+    axes.plot(
+        [row["calls_saved"] for row in front],
+        [row["return_vs_baseline"] for row in front],
+        color="#111827",
+        linewidth=1.2,
+        alpha=0.5,
+        label="Pareto front",
+    )
+    for row in rows:
+        low, high = row["return_vs_baseline_ci95"] or (row["return_vs_baseline"],) * 2
+        ratio, colour = row["return_vs_baseline"], _COLOURS.get(row["corrector"], "#059669")
+        axes.errorbar(
+            row["calls_saved"],
+            ratio,
+            yerr=[[max(ratio - low, 0.0)], [max(high - ratio, 0.0)]],
+            marker=_MARKS[row["mode"]],
+            markersize=9 if row["mode"] != "policy" else 11,
+            color=colour,
+            markeredgecolor="white",
+            capsize=3,
+            elinewidth=1.2,
+            linestyle="none",
+            label=row_label(row),
+        )
+    what = "success" if rows and rows[0]["success_rate"] is not None else "return"
+    axes.set_title(f"{report['task']}: {report['episodes']} paired episodes, 95 % bootstrap intervals", loc="left", fontsize=11)
+    axes.set_xlabel("planner calls saved")
+    axes.set_ylabel(f"{what} relative to replanning at every step")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlim(-0.04, 1.04)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.2)
+    axes.legend(fontsize=8, loc="lower left", frameon=False)
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png", dpi=140)
+    plt.close(figure)

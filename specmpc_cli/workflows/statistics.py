@@ -1,0 +1,60 @@
+"""The numbers in the tables: paired bootstrap intervals and tail means. Pure functions of samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+RESAMPLES = 10_000
+Interval = tuple[float, float]
+
+
+def bootstrap_ci95(statistic: Callable[[np.ndarray], np.ndarray], episodes: int, seed: int = 0) -> Interval | None:
+    """Percentile interval of a statistic over episodes drawn with replacement.
+
+    Args:
+        statistic: maps resampled episode indices [RESAMPLES, episodes] to values [RESAMPLES]; values that are not finite are left out.
+
+    Returns:
+        The 2.5 % and 97.5 % quantiles, or None with fewer than two episodes, from which no spread can be told.
+    """
+    if episodes < 2:
+        return None
+    index = np.random.default_rng(seed).integers(episodes, size=(RESAMPLES, episodes))
+    values = statistic(index)
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        return None
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def mean_ci95(sample: np.ndarray) -> Interval | None:
+    """Bootstrap interval of the mean of a sample [n]."""
+    return bootstrap_ci95(lambda index: sample[index].mean(1), len(sample))
+
+
+def ratio(sample: np.ndarray, baseline: np.ndarray) -> float | None:
+    """Ratio of means of two paired samples [n]; None where the baseline's mean is not positive."""
+    return float(sample.mean() / baseline.mean()) if baseline.mean() > 0 else None
+
+
+def ratio_ci95(sample: np.ndarray, baseline: np.ndarray) -> Interval | None:
+    """Paired bootstrap interval of `ratio`: both samples are resampled with the same episodes."""
+    assert sample.shape == baseline.shape
+    if ratio(sample, baseline) is None:
+        return None
+
+    def statistic(index: np.ndarray) -> np.ndarray:
+        means = baseline[index].mean(1)
+        return sample[index].mean(1) / np.where(means > 0, means, np.nan)
+
+    return bootstrap_ci95(statistic, len(sample))
+
+
+def cvar05(sample: np.ndarray) -> float:
+    """Mean of the worst ⌈0.05 n⌉ values of a sample [n]."""
+    worst = math.ceil(0.05 * len(sample))
+    return float(np.sort(sample)[:worst].mean())

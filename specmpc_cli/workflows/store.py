@@ -1,0 +1,208 @@
+"""The store: where teachers, correctors, data and results lie, and what is taken when nothing is named.
+
+Layout (docs/store.md): <store>/<task>/<name>/{teacher,correctors/<arch>,data/<dataset>,results}. The embedded zoo has the same layout, less
+<name>, and is only read.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from specmpc_cli.config.presets import load_config, read_yaml, zoo_root
+from specmpc_cli.config.schema import Config
+from specmpc_cli.data.shards import Shard, read_shards
+from specmpc_cli.engine.checkpoint import load_corrector, load_world_model, save_corrector, save_world_model
+from specmpc_cli.engine.correctors import CORRECTORS, BaseCorrector
+from specmpc_cli.engine.gate import GateRule
+from specmpc_cli.engine.world_model import WorldModel
+from specmpc_cli.envs.registry import lookup
+from specmpc_cli.errors import CheckpointError, DatasetError, StoreError
+from specmpc_cli.files import make_folder, write_whole
+
+DEFAULT_TASK = "walker-walk"
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """A world model and where it came from."""
+
+    model: WorldModel
+    sha256: str
+    source: str  # "store" or "embedded"
+    path: Path
+    config: dict[str, Any]  # as config.yaml holds it: settings, and how the model was made under `origin`
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The part of the config that a preset may change."""
+        return {key: value for key, value in self.config.items() if key in Config.model_fields}
+
+
+@dataclass(frozen=True, slots=True)
+class FittedCorrector:
+    """A corrector with its gate and where it came from."""
+
+    network: BaseCorrector
+    teacher_sha256: str
+    gate: dict[str, Any]
+    source: str
+    path: Path
+
+    @property
+    def arch(self) -> str:
+        return self.network.arch
+
+    @property
+    def calibrated(self) -> bool:
+        return bool(self.gate.get("calibrated"))
+
+    def rule(self, horizon: int) -> GateRule:
+        """The gate it carries, for plans of this many steps."""
+        return GateRule(
+            horizon=horizon,
+            accept_below=float(self.gate["accept_below"]),
+            replan_above=float(self.gate["replan_above"]),
+            metric=self.gate["metric"],
+        )
+
+
+class Store:
+    """One task's part of a store folder."""
+
+    def __init__(self, root: Path, task: str | None = None, name: str = "main") -> None:
+        """`task` None takes the one used last in this store, else walker-walk. Raises UnknownTask."""
+        self.root = root
+        self.named_task = task is not None
+        self.task = task or self._last_task() or DEFAULT_TASK
+        lookup(self.task)
+        self.name = name
+        self.folder = root / self.task / name
+
+    def remember_task(self) -> None:
+        """Makes this the task that later commands take when none is named."""
+        write_whole(self._memory, json.dumps({"task": self.task}) + "\n")
+
+    @property
+    def _memory(self) -> Path:
+        return self.root / "last.json"
+
+    def _last_task(self) -> str | None:
+        try:
+            return str(json.loads(self._memory.read_text())["task"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise StoreError(f"cannot read {self._memory}; delete it, or name the task with --task") from None
+
+    # Teachers
+
+    def teacher(self) -> Teacher:
+        """The store's teacher, else the embedded one. Raises CheckpointError naming the commands that make one."""
+        for source, folder in (("store", self.folder / "teacher"), ("embedded", zoo_root() / self.task / "teacher")):
+            if (folder / "model.safetensors").exists():
+                model, sha256 = load_world_model(folder / "model.safetensors")
+                return Teacher(model, sha256, source, folder, read_yaml(folder / "config.yaml"))
+        raise CheckpointError(
+            f"there is no teacher for {self.task}, neither in {self.folder} nor embedded; "
+            f"import one with 'specmpc import FILE --task {self.task}'"
+        )
+
+    def save_teacher(self, model: WorldModel, config: dict[str, Any], metrics: list[dict[str, Any]]) -> Path:
+        """Writes the teacher's three files, the weights last: a teacher is there when its weights are."""
+        folder = self.folder / "teacher"
+        write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        write_whole(folder / "metrics.jsonl", _jsonl(metrics))
+        save_world_model(model, folder / "model.safetensors")
+        return folder
+
+    # Correctors
+
+    def correctors(self, teacher: Teacher, archs: list[str] | None = None) -> tuple[list[FittedCorrector], list[str]]:
+        """The correctors of this teacher, the store's before the embedded ones, and notes on those of another teacher."""
+        found, notes = [], []
+        for arch in archs or list(CORRECTORS):
+            candidates = [self._corrector(arch, source) for source in ("store", "embedded")]
+            present = [corrector for corrector in candidates if corrector is not None]
+            matching = [corrector for corrector in present if corrector.teacher_sha256 == teacher.sha256]
+            if matching:
+                found.append(matching[0])
+            elif present:
+                notes.append(f"the {arch} corrector in {present[0].path} was distilled from another teacher")
+        return found, notes
+
+    def corrector(self, teacher: Teacher, arch: str) -> FittedCorrector:
+        """One corrector. Raises CheckpointError if there is none, or only one of another teacher."""
+        found, notes = self.correctors(teacher, [arch])
+        if found:
+            return found[0]
+        why = notes[0] if notes else f"there is no {arch} corrector for {self.task}"
+        raise CheckpointError(
+            f"{why}; make one with 'specmpc collect --task {self.task}' and 'specmpc fit-corrector --task {self.task} --arch {arch}'"
+        )
+
+    def _corrector(self, arch: str, source: str) -> FittedCorrector | None:
+        root = self.folder if source == "store" else zoo_root() / self.task
+        path = root / "correctors" / arch / "model.safetensors"
+        if not path.exists():
+            return None
+        network, metadata = load_corrector(path)
+        return FittedCorrector(network, metadata["teacher_sha256"], metadata["gate"], source, path.parent)
+
+    def save_corrector(
+        self,
+        network: BaseCorrector,
+        teacher: Teacher,
+        gate: dict[str, Any],
+        config: dict[str, Any],
+        metrics: list[dict[str, Any]],
+    ) -> Path:
+        """Writes a corrector's three files, the weights last."""
+        folder = self.folder / "correctors" / network.arch
+        write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        write_whole(folder / "metrics.jsonl", _jsonl(metrics))
+        save_corrector(network, folder / "model.safetensors", teacher_sha256=teacher.sha256, gate=gate)
+        return folder
+
+    # Data
+
+    def dataset_folder(self, dataset: str) -> Path:
+        return self.folder / "data" / dataset
+
+    def newest_dataset(self, teacher: Teacher) -> tuple[Path, list[Shard]]:
+        """The newest dataset of this teacher. Raises DatasetError if there is none, or only others' data."""
+        folders = [folder for folder in (self.folder / "data").glob("*") if folder.is_dir()]
+        others = 0
+        for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True):
+            shards = read_shards(folder)
+            if shards and {shard.teacher_sha256 for shard in shards} == {teacher.sha256}:
+                return folder, shards
+            others += bool(shards)
+        what = "only data of other teachers" if others else "no data"
+        raise DatasetError(f"there is {what} for {self.task} in {self.folder}; make some with 'specmpc collect --task {self.task}'")
+
+    # Results
+
+    def results_folder(self) -> Path:
+        folder = self.folder / "results"
+        make_folder(folder)
+        return folder
+
+
+def config_of(teacher: Teacher, presets: list[str], settings: list[str]) -> Config:
+    """The teacher's own settings ← presets ← --set. Raises ConfigError."""
+    return load_config(presets, settings, base=teacher.settings)
+
+
+def timestamp() -> str:
+    """The moment, sortable and fit for a file name."""
+    return time.strftime("%Y%m%d-%H%M%S")
+
+
+def _jsonl(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
