@@ -350,7 +350,10 @@ def _open(
     env.close()
     how = "named" if task else "used last" if (common.store / "last.json").exists() else "default"
     compiled = "compiled" if runtime.compiled else "eager"
-    out.note(f"task: {store.task} ({how}) · teacher: {teacher.source} {teacher.sha256[:8]} · {runtime.device}, {runtime.dtype_name}, {compiled}, {runtime.threads} threads")  # fmt: skip
+    out.note(
+        f"task: {store.task} ({how}) · teacher: {teacher.source} {teacher.sha256[:8]} · "
+        f"{runtime.device}, {runtime.dtype_name}, {compiled}, {runtime.threads} threads"
+    )
     for note in runtime.notes:
         out.note(f"note: {note}")
     return store, bench

@@ -1,0 +1,164 @@
+"""Files in and out: round trips, identity of weights, and files that are damaged, foreign or hostile."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from specmpc_cli.engine.checkpoint import load_corrector, load_world_model, save_corrector, save_world_model, weights_sha256
+from specmpc_cli.engine.correctors import CORRECTORS, CorrectorDims, build_corrector
+from specmpc_cli.engine.official import load_official
+from specmpc_cli.errors import CheckpointError
+from tests.conftest import DATA, make_model, official_state
+
+GATE = {"metric": "l2", "accept_below": -math.inf, "replan_above": 0.5, "calibrated": False}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_q": 5, "episodic": True}])
+def test_world_models_survive_the_disk(tmp_path: Path, options: dict[str, int]) -> None:
+    model = make_model(7, 3, **options)
+    sha = save_world_model(model, tmp_path / "model.safetensors")
+    loaded, loaded_sha = load_world_model(tmp_path / "model.safetensors")
+    assert loaded.dims == model.dims and loaded_sha == sha == weights_sha256(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("arch", CORRECTORS)
+def test_correctors_survive_the_disk_with_their_gate(tmp_path: Path, arch: str) -> None:
+    network = build_corrector(arch, CorrectorDims(16, 2, 32, 4))
+    save_corrector(network, tmp_path / "c.safetensors", teacher_sha256="abc", gate=GATE)
+    loaded, metadata = load_corrector(tmp_path / "c.safetensors")
+    assert loaded.arch == arch and metadata == {"teacher_sha256": "abc", "gate": GATE}
+    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), loaded.state_dict().values(), strict=True))
+
+
+def test_the_hash_is_of_the_weights_and_sees_names_shapes_dtypes_and_values() -> None:
+    state = {"a": torch.arange(4.0), "b": torch.ones(2, 2)}
+    base = weights_sha256(state)
+    assert weights_sha256(dict(reversed(state.items()))) == base
+    variants = [
+        {"c": state["a"], "b": state["b"]},
+        {"a": state["a"].view(2, 2), "b": state["b"]},
+        {"a": state["a"].double(), "b": state["b"]},
+        {"a": state["a"] + 1, "b": state["b"]},
+    ]
+    assert len({base, *map(weights_sha256, variants)}) == 5
+
+
+def test_both_official_layouts_give_the_same_weights() -> None:
+    vectors = DATA / "vectors"
+    new = load_official(vectors / "single.pt", obs_dim=24, action_dim=6)
+    old = load_official(vectors / "single.old-format.pt", obs_dim=24, action_dim=6)
+    assert weights_sha256(new.state_dict()) == weights_sha256(old.state_dict())
+
+
+class Hostile:
+    """Unpickling it runs a command."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_code_in_a_checkpoint_is_never_executed(tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+    torch.save({"model": Hostile(marker)}, tmp_path / "evil.pt")
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Hostile(marker)))
+    for name in ("evil.pt", "evil.pkl"):
+        with pytest.raises(CheckpointError, match="never executed|not a PyTorch checkpoint"):
+            load_official(tmp_path / name, obs_dim=4, action_dim=2)
+    assert not marker.exists()
+
+
+def damaged_state(kind: str) -> dict[str, torch.Tensor]:
+    state = official_state(make_model())
+    if kind == "missing":
+        del state["_pi.2.bias"]
+    elif kind == "shape":
+        state["_pi.2.bias"] = torch.zeros(9)
+    elif kind == "nan":
+        state["_reward.0.weight"][0, 0] = torch.nan
+    elif kind == "foreign":
+        state = {"conv.weight": torch.zeros(3)}
+    elif kind == "no-encoder":
+        state = {key: value for key, value in state.items() if "_encoder" not in key}
+    return state
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "lacks pi_net.2.bias"),
+        ("shape", "has shape"),
+        ("nan", "not finite"),
+        ("foreign", "no TD-MPC2 weights"),
+        ("no-encoder", "not a complete"),
+    ],
+)
+def test_incomplete_and_foreign_checkpoints_are_refused(tmp_path: Path, kind: str, message: str) -> None:
+    torch.save({"model": damaged_state(kind)}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=message):
+        load_official(tmp_path / "x.pt", obs_dim=4, action_dim=2)
+
+
+def test_dimensions_must_fit_the_task(tmp_path: Path) -> None:
+    torch.save({"model": official_state(make_model())}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="expects 4 observation dimensions and the task has 24"):
+        load_official(tmp_path / "x.pt", obs_dim=24, action_dim=2)
+    with pytest.raises(CheckpointError, match="expects 2 action dimensions and the task has 6"):
+        load_official(tmp_path / "x.pt", obs_dim=4, action_dim=6)
+
+
+def test_task_sets_are_asked_for_and_refused_where_they_do_not_belong() -> None:
+    with pytest.raises(CheckpointError, match="--task-set mt30 or mt80"):
+        load_official(DATA / "vectors" / "multitask.pt", obs_dim=39, action_dim=6)
+    with pytest.raises(CheckpointError, match="leave --task-set out"):
+        load_official(DATA / "vectors" / "single.pt", obs_dim=24, action_dim=6, member=0)
+    with pytest.raises(CheckpointError, match="trained on 3 tasks"):
+        load_official(DATA / "vectors" / "multitask.pt", obs_dim=39, action_dim=6, member=7)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
+def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(CheckpointError):
+        load_official(tmp_path / "x.pt", obs_dim=4, action_dim=2)
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        load_world_model(tmp_path / "x.safetensors")
+
+
+def test_truncated_files_are_refused(tmp_path: Path) -> None:
+    save_world_model(make_model(), tmp_path / "whole.safetensors")
+    torch.save({"model": official_state(make_model())}, tmp_path / "whole.pt")
+    for name in ("whole.safetensors", "whole.pt"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match="truncated"):
+        load_world_model(tmp_path / "whole.safetensors")
+    with pytest.raises(CheckpointError, match="truncated"):
+        load_official(tmp_path / "whole.pt", obs_dim=4, action_dim=2)
+
+
+def test_weights_of_another_program_are_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(2)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(CheckpointError, match="weights of another program"):
+        load_world_model(tmp_path / "foreign.safetensors")
+    save_world_model(make_model(), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="expected specmpc-corrector"):
+        load_corrector(tmp_path / "model.safetensors")
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"there is no file .*gone\.pt"):
+        load_official(tmp_path / "gone.pt", obs_dim=4, action_dim=2)
+    with pytest.raises(CheckpointError, match="there is no file"):
+        load_world_model(tmp_path / "gone.safetensors")

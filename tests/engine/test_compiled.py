@@ -1,0 +1,85 @@
+"""The compiled planner computes what the eager one does, and is cached."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from specmpc_cli import runtime
+from specmpc_cli.engine.batched_planner import BatchedPlanner
+from specmpc_cli.engine.compiled import batch_sizes_for, compiled_kernels, kernels_for
+from specmpc_cli.engine.planner import EAGER, PlannerSettings
+from specmpc_cli.errors import ConfigError
+from tests.conftest import make_model
+
+SMALL = PlannerSettings(discount=0.99, iterations=2, num_samples=32, num_elites=8, num_pi_trajs=4)
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("num_q", [2, 5])
+def test_compiled_and_eager_plans_agree(num_q: int) -> None:
+    model = make_model(num_q=num_q)
+    with torch.inference_mode():
+        z, warm = model.encode(torch.randn(2, 4)), torch.zeros(2, 3, 2)
+        keys = torch.tensor([1, 2]), torch.tensor([3, 4])
+        eager = BatchedPlanner(model, SMALL)(z, warm, *keys)
+        compiled = BatchedPlanner(model, SMALL, kernels=compiled_kernels())(z, warm, *keys)
+    torch.testing.assert_close(eager.mean, compiled.mean, rtol=0, atol=1e-4)
+    torch.testing.assert_close(eager.actions, compiled.actions, rtol=0, atol=1e-4)
+
+
+def test_without_a_compiler_planning_is_eager_with_one_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("SPECMPC_COMPILE", "1")
+    chosen = runtime.choose_runtime("cpu", "fp32")
+    assert not chosen.compiled and len(chosen.notes) == 1 and "no C++ compiler" in chosen.notes[0]
+    assert kernels_for(chosen) is EAGER
+
+
+def test_auto_takes_bf16_only_where_the_hardware_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for amx, avx, expected in ((False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        assert runtime.choose_runtime("cpu", "auto").dtype_name == expected
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    chosen = runtime.choose_runtime("cpu", "bf16")
+    assert chosen.dtype == torch.bfloat16 and "emulated" in chosen.notes[0]
+
+
+@pytest.mark.parametrize("options", [("gpu", "auto"), ("cuda:99", "auto"), ("meta", "auto"), ("cpu", "fp16")])
+def test_unknown_devices_and_dtypes_are_refused(options: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError):
+        runtime.choose_runtime(*options)
+
+
+def test_a_gpu_plans_many_rows_at_once_and_a_cpu_one() -> None:
+    on_cpu = runtime.Runtime(torch.device("cpu"), torch.float32, False, 1)
+    on_gpu = runtime.Runtime(torch.device("cuda"), torch.bfloat16, False, 1)
+    assert batch_sizes_for(on_cpu) == (1,)
+    assert 1 in batch_sizes_for(on_gpu) and max(batch_sizes_for(on_gpu)) >= 64
+
+
+@pytest.mark.gpu
+def test_plans_on_a_gpu_agree_with_the_cpu() -> None:
+    model = make_model()
+    z, warm, keys = model.encode(torch.randn(5, 4)), torch.zeros(5, 3, 2), (torch.arange(5), torch.arange(5))
+    on_cpu = BatchedPlanner(model, SMALL)(z, warm, *keys)
+    moved = make_model().cuda()
+    on_gpu = BatchedPlanner(moved, SMALL, batch_sizes=(1, 4))(z.cuda(), warm.cuda(), *keys)
+    torch.testing.assert_close(on_cpu.mean, on_gpu.mean.cpu(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("given", [None, "elsewhere"])
+def test_the_compile_cache_lies_in_the_users_cache_folder_unless_named(tmp_path: Path, given: str | None) -> None:
+    env = {key: value for key, value in os.environ.items() if key != "TORCHINDUCTOR_CACHE_DIR"} | {"XDG_CACHE_HOME": str(tmp_path)}
+    if given:
+        env["TORCHINDUCTOR_CACHE_DIR"] = given
+    code = "import os; from specmpc_cli.runtime import use_compile_cache; use_compile_cache(); print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == (given or str(tmp_path / "specmpc" / "inductor"))

@@ -1,0 +1,77 @@
+"""Both correctors: shapes, where they start, and that each reads what it claims to read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from specmpc_cli.engine.correctors import CORRECTORS, CorrectorDims, build_corrector
+from specmpc_cli.types import Visit
+
+DIMS = CorrectorDims(latent_dim=16, action_dim=3, width=32, history=5)
+
+
+def visit(rows: int = 4, filled: int = 5) -> Visit:
+    g = torch.Generator().manual_seed(0)
+    z = torch.rand(rows, 16, generator=g)
+    history = torch.rand(rows, 5, 51, generator=g)
+    history[:, : 5 - filled] = 0
+    prior, planned = torch.rand(rows, 3, generator=g), torch.rand(rows, 3, generator=g)
+    return Visit(z, torch.rand(rows, 16, generator=g), planned, prior, torch.arange(rows), history)
+
+
+def trained(arch: str) -> torch.nn.Module:
+    """A corrector whose head is no longer zero."""
+    torch.manual_seed(1)
+    network = build_corrector(arch, DIMS).eval()
+    torch.nn.init.normal_(network.head.weight)
+    return network
+
+
+@pytest.mark.parametrize("arch", CORRECTORS)
+def test_shapes_and_a_modest_start(arch: str) -> None:
+    torch.manual_seed(0)
+    network = build_corrector(arch, DIMS)
+    seen = visit()
+    delta, error = network(seen)
+    assert delta.shape == (4, 3) and error.shape == (4,) and (error > 0).all()
+    # untrained: a gate of sigmoid(−2) towards the policy prior, nothing else
+    torch.testing.assert_close(delta, torch.sigmoid(torch.tensor(-2.0)) * (seen.prior - seen.planned))
+
+
+@pytest.mark.parametrize("arch", CORRECTORS)
+def test_rows_are_independent(arch: str) -> None:
+    network, seen = trained(arch), visit()
+    torch.testing.assert_close(network(seen)[0][1:2], network(seen.take(torch.tensor([1])))[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", CORRECTORS)
+def test_old_plans_share_the_last_age(arch: str) -> None:
+    network, seen = trained(arch), visit()
+    old, older = (replace(seen, age=torch.full((4,), age)) for age in (DIMS.max_age - 1, 10 * DIMS.max_age))
+    assert torch.equal(network(old)[0], network(older)[0])
+
+
+def test_the_two_tower_reads_the_latents_and_the_temporal_one_the_history() -> None:
+    seen = visit()
+    other_latents, other_history = replace(seen, z=seen.z + 0.1), replace(seen, history=seen.history + 0.1)
+    for arch, reads, ignores in (("two-tower", other_latents, other_history), ("temporal", other_history, other_latents)):
+        network = trained(arch)
+        assert not torch.allclose(network(seen)[0], network(reads)[0])
+        assert torch.equal(network(seen)[0], network(ignores)[0])
+
+
+def test_the_temporal_corrector_does_not_look_at_empty_slots() -> None:
+    """A masked slot's position embedding must not leak into the answer."""
+    network, seen = trained("temporal"), visit(filled=2)
+    before = network(seen)[0]
+    with torch.no_grad():
+        network.position[:3] += 10.0
+    torch.testing.assert_close(network(seen)[0], before)
+
+
+def test_the_temporal_corrector_survives_an_empty_history() -> None:
+    delta, error = trained("temporal")(visit(filled=0))
+    assert torch.isfinite(delta).all() and torch.isfinite(error).all()

@@ -1,0 +1,155 @@
+"""The planner on a world whose best plan is known: linear latents, quadratic reward."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from specmpc_cli.engine.batched_planner import BatchedPlanner
+from specmpc_cli.engine.planner import PlannerNoise, PlannerSettings, Search, plan
+from tests.conftest import make_model
+
+SETTINGS = PlannerSettings(discount=1.0, horizon=4, iterations=20, num_samples=1024, num_elites=64, num_pi_trajs=8, temperature=50.0)
+
+
+class LinearQuadratic:
+    """z' = z + 0.5 a; reward −‖z'‖² − 0.1‖a‖²; value 0 after the horizon; the policy prior is pure noise."""
+
+    termination_net = None
+
+    def next(self, z: Tensor, a: Tensor) -> Tensor:
+        return z + 0.5 * a
+
+    def reward(self, z: Tensor, a: Tensor) -> Tensor:
+        return -self.next(z, a).square().sum(-1) - 0.1 * a.square().sum(-1)
+
+    def pi_sample(self, z: Tensor, eps: Tensor) -> Tensor:
+        return torch.tanh(eps)
+
+    def q_pair(self, z: Tensor, a: Tensor, q_index: Tensor) -> Tensor:
+        return torch.zeros(z.shape[:-1])
+
+    def best_first_action(self, z: Tensor) -> Tensor:
+        """By Riccati recursion over the horizon (unconstrained): a = −k z with gain of the first step."""
+        cost_to_go = 0.0
+        for _ in range(SETTINGS.horizon):
+            weight = 1.0 + cost_to_go  # cost of z'
+            gain = 0.5 * weight / (0.1 + 0.25 * weight)
+            cost_to_go = weight * (1 - 0.5 * gain) ** 2 + 0.1 * gain**2
+        return -gain * z
+
+
+def noise(rows: int, seed: int = 0, s: PlannerSettings = SETTINGS, a: int = 2) -> PlannerNoise:
+    g = torch.Generator().manual_seed(seed)
+    return PlannerNoise(
+        prior_eps=torch.randn(rows, s.num_pi_trajs, s.horizon, a, generator=g),
+        sample_eps=torch.randn(rows, s.iterations, s.num_samples - s.num_pi_trajs, s.horizon, a, generator=g),
+        terminal_eps=torch.randn(rows, s.iterations, s.num_samples, a, generator=g),
+        q_index=torch.zeros(rows, s.iterations, 2, dtype=torch.int64),
+        exponential=torch.empty(rows, s.num_elites).exponential_(generator=g),
+    )
+
+
+def test_finds_the_optimal_action_of_a_linear_quadratic_problem() -> None:
+    world = LinearQuadratic()
+    z = torch.tensor([[0.3, -0.2], [-0.1, 0.25]])
+    made = plan(world, z, torch.zeros(2, 4, 2), noise(2), SETTINGS)  # type: ignore[arg-type]
+    torch.testing.assert_close(made.mean[:, 0], world.best_first_action(z), rtol=0, atol=0.05)
+
+
+def test_clips_to_the_action_range() -> None:
+    z = torch.full((1, 2), 50.0)
+    made = plan(LinearQuadratic(), z, torch.zeros(1, 4, 2), noise(1), SETTINGS)  # type: ignore[arg-type]
+    assert made.actions.abs().max() <= 1
+    assert (made.mean[:, 0] < -0.8).all()  # far away, full speed back
+
+
+def test_the_latents_are_those_of_the_executed_actions() -> None:
+    world = LinearQuadratic()
+    made = plan(world, torch.tensor([[0.3, -0.2]]), torch.zeros(1, 4, 2), noise(1), SETTINGS)  # type: ignore[arg-type]
+    z = made.latents[:, 0]
+    for t in range(4):
+        z = world.next(z, made.actions[:, t])
+        assert torch.equal(z, made.latents[:, t + 1])
+
+
+def test_a_plan_is_a_function_of_its_arguments_and_rows_do_not_mix() -> None:
+    world, z = LinearQuadratic(), torch.tensor([[0.3, -0.2], [-0.1, 0.25]])
+    n, warm = noise(2), torch.zeros(2, 4, 2)
+    both = plan(world, z, warm, n, SETTINGS)  # type: ignore[arg-type]
+    again = plan(world, z, warm, n, SETTINGS)  # type: ignore[arg-type]
+    assert torch.equal(both.actions, again.actions)
+    second = PlannerNoise(n.prior_eps[1:], n.sample_eps[1:], n.terminal_eps[1:], n.q_index[1:], n.exponential[1:])
+    alone = plan(world, z[1:], warm[1:], second, SETTINGS)  # type: ignore[arg-type]
+    torch.testing.assert_close(both.take(torch.tensor([1])).mean, alone.mean, rtol=0, atol=1e-6)
+
+
+def test_weights_sum_to_one_and_elites_are_the_best() -> None:
+    searches: list[Search] = []
+    plan(LinearQuadratic(), torch.ones(1, 2), torch.zeros(1, 4, 2), noise(1), SETTINGS, on_iteration=searches.append)  # type: ignore[arg-type]
+    for search in searches:
+        assert search.scores.sum().item() == pytest.approx(1, abs=1e-5)
+        rest = search.values[0].sort(descending=True).values
+        torch.testing.assert_close(search.elite_values[0], rest[: SETTINGS.num_elites])
+        assert (search.std >= SETTINGS.min_std).all() and (search.std <= SETTINGS.max_std).all()
+
+
+def test_exploration_noise_moves_only_the_first_action() -> None:
+    quiet = noise(1)
+    loud = replace(quiet, action_eps=torch.full((1, 2), 0.5))
+    z, warm = torch.tensor([[0.3, -0.2]]), torch.zeros(1, 4, 2)
+    a = plan(LinearQuadratic(), z, warm, quiet, SETTINGS)  # type: ignore[arg-type]
+    b = plan(LinearQuadratic(), z, warm, loud, SETTINGS)  # type: ignore[arg-type]
+    torch.testing.assert_close(b.actions[:, 0], (a.actions[:, 0] + 0.5 * a.std[:, 0]).clamp(-1, 1))
+    assert torch.equal(a.actions[:, 1:], b.actions[:, 1:])
+
+
+def test_values_that_are_not_numbers_count_as_zero() -> None:
+    class Broken(LinearQuadratic):
+        def reward(self, z: Tensor, a: Tensor) -> Tensor:
+            return super().reward(z, a).masked_fill(a[..., 0] > 0, torch.nan)
+
+    made = plan(Broken(), torch.tensor([[0.3, -0.2]]), torch.zeros(1, 4, 2), noise(1), SETTINGS)  # type: ignore[arg-type]
+    assert torch.isfinite(made.mean).all()
+
+
+SMALL = PlannerSettings(discount=0.99, iterations=2, num_samples=32, num_elites=8, num_pi_trajs=4)
+
+
+def keys(rows: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(100, 100 + rows), torch.arange(rows)
+
+
+@pytest.mark.parametrize("num_q", [2, 5])
+def test_batched_planning_gives_each_row_the_plan_it_gets_alone(num_q: int) -> None:
+    model = make_model(num_q=num_q)
+    z, warm = model.encode(torch.randn(7, 4, generator=torch.Generator().manual_seed(0))), torch.zeros(7, 3, 2)
+    streams, steps = keys(7)
+    one_by_one = BatchedPlanner(model, SMALL, batch_sizes=(1,))(z, warm, streams, steps)
+    batched = BatchedPlanner(model, SMALL, batch_sizes=(1, 4))(z, warm, streams, steps)
+    torch.testing.assert_close(one_by_one.mean, batched.mean, rtol=0, atol=1e-5)
+    torch.testing.assert_close(one_by_one.latents, batched.latents, rtol=0, atol=1e-5)
+    alone = BatchedPlanner(model, SMALL)(z[3:4], warm[3:4], streams[3:4], steps[3:4])
+    assert torch.equal(alone.actions[0], one_by_one.actions[3])
+
+
+def test_draws_depend_on_stream_and_step_alone() -> None:
+    planner = BatchedPlanner(make_model(num_q=5), SMALL)
+    first = planner.draw(torch.tensor([5, 6]), torch.tensor([0, 9]), torch.device("cpu"))
+    again = planner.draw(torch.tensor([6]), torch.tensor([9]), torch.device("cpu"))
+    other = planner.draw(torch.tensor([6]), torch.tensor([10]), torch.device("cpu"))
+    assert torch.equal(first.sample_eps[1], again.sample_eps[0])
+    assert not torch.equal(again.sample_eps, other.sample_eps)
+    assert (first.q_index[..., 0] != first.q_index[..., 1]).all()  # two different heads
+
+
+def test_bf16_plans_are_close_to_fp32_plans() -> None:
+    model = make_model()
+    z, warm = model.encode(torch.randn(4, 4, generator=torch.Generator().manual_seed(1))), torch.zeros(4, 3, 2)
+    exact = BatchedPlanner(model, SMALL)(z, warm, *keys(4))
+    fast = BatchedPlanner(model, SMALL, dtype=torch.bfloat16)(z, warm, *keys(4))
+    assert fast.mean.dtype == torch.float32
+    torch.testing.assert_close(exact.mean, fast.mean, rtol=0, atol=0.2)

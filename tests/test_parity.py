@@ -1,0 +1,105 @@
+"""Our world model and planner against the official TD-MPC2: recorded inputs, draws and outputs.
+
+SPECMPC_VECTORS names another folder of the same format; the default is the copy in tests/data/vectors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from specmpc_cli.engine.official import load_official
+from specmpc_cli.engine.planner import PlannerNoise, PlannerSettings, Search, plan
+from specmpc_cli.engine.world_model import WorldModel
+
+VECTORS = Path(os.environ.get("SPECMPC_VECTORS") or Path(__file__).parent / "data" / "vectors")
+CHECKPOINTS = sorted(path for path in VECTORS.glob("*.pt") if "after2updates" not in path.name)
+FORWARD, PLAN = 1e-5, 1e-4  # tolerances
+
+
+class Case:
+    """A checkpoint with its configuration and recorded values, cut to the dimensions of its task."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        name = checkpoint.name.split(".")[0]
+        self.config: dict[str, Any] = json.loads((VECTORS / f"{name}.json").read_text())
+        self.values = np.load(VECTORS / f"{name}.forward.npz")
+        self.member = self.config["task_index"]
+        self.action_dim = self.config["action_dim"] if self.member is None else self.config["action_dims"][self.member]
+        self.discount = self.config["discount"] if self.member is None else self.config["discount"][self.member]
+        self.model: WorldModel = load_official(
+            checkpoint, obs_dim=self.config["obs_dim"], action_dim=self.action_dim, member=self.member
+        ).requires_grad_(False)
+
+    def get(self, name: str) -> Tensor:
+        return torch.from_numpy(self.values[name])
+
+    def action(self, name: str) -> Tensor:
+        """A recorded value whose last axis is the action, without its padding."""
+        return self.get(name)[..., : self.action_dim]
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS, ids=lambda path: path.name)
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(request.param)
+
+
+def test_there_are_vectors() -> None:
+    assert CHECKPOINTS, f"no checkpoints in {VECTORS}"
+
+
+def test_forward_passes(case: Case) -> None:
+    model, z = case.model, case.get("z")
+    torch.testing.assert_close(model.encode(case.get("in_obs")), z, rtol=0, atol=FORWARD)
+    a = case.action("in_action")
+    if case.member is not None and bool((case.get("in_action")[..., case.action_dim :] != 0).any()):
+        a = None  # recorded with padding that is not zero, which no single task can produce
+    if a is not None:
+        torch.testing.assert_close(model.next(z, a), case.get("z_next"), rtol=0, atol=FORWARD)
+        torch.testing.assert_close(model.reward(z, a).unsqueeze(-1), case.get("reward"), rtol=FORWARD, atol=FORWARD)
+        za = torch.cat([z, a], -1).unsqueeze(0)
+        for ensemble, recorded in ((model.q, "q_values"), (model.q_target, "q_target_values")):
+            values = torch.stack([model.decode(ensemble.logits(za, head)) for head in range(model.dims.num_q)])
+            torch.testing.assert_close(values.squeeze(1).unsqueeze(-1), case.get(recorded), rtol=FORWARD, atol=FORWARD)
+    torch.testing.assert_close(model.pi_sample(z, case.action("pi_eps")), case.action("pi_action"), rtol=0, atol=FORWARD)
+    torch.testing.assert_close(model.pi_mean(z), case.action("pi_mean"), rtol=0, atol=FORWARD)
+    if model.termination_net is not None:
+        torch.testing.assert_close(torch.sigmoid(model.termination_net(z)), case.get("termination_prob"), rtol=0, atol=FORWARD)
+        assert torch.equal(model.terminates(z), (case.get("termination_prob").squeeze(-1) > 0.5).float())
+
+
+@pytest.mark.parametrize("kind", ["first", "warm", "noisy"])
+def test_whole_plans(case: Case, kind: str) -> None:
+    names = ("horizon", "iterations", "num_samples", "num_elites", "num_pi_trajs", "min_std", "max_std", "temperature")
+    settings = PlannerSettings(discount=case.discount, **{name: case.config[name] for name in names})
+
+    def draw(name: str) -> Tensor:
+        return case.action(f"plan_{kind}_draw_{name}").unsqueeze(0)
+
+    noise = PlannerNoise(
+        prior_eps=draw("prior_eps").transpose(1, 2),
+        sample_eps=draw("sample_eps").transpose(2, 3),
+        terminal_eps=draw("terminal_eps"),
+        q_index=case.get(f"plan_{kind}_draw_q_index").unsqueeze(0),
+        exponential=case.get(f"plan_{kind}_draw_gumbel_exponential").unsqueeze(0),
+        action_eps=draw("action_eps") if kind == "noisy" else None,
+    )
+    previous = case.action(f"plan_{kind}_prev_mean")
+    warm_start = torch.zeros_like(previous)
+    if kind != "first":
+        warm_start[:-1] = previous[1:]
+    searches: list[Search] = []
+    z = case.model.encode(case.get(f"plan_{kind}_obs"))
+    made = plan(case.model, z, warm_start.unsqueeze(0), noise, settings, on_iteration=searches.append)
+
+    values = torch.stack([search.values[0] for search in searches]).unsqueeze(-1)
+    torch.testing.assert_close(values, case.get(f"plan_{kind}_values"), rtol=PLAN, atol=PLAN)
+    torch.testing.assert_close(made.mean[0], case.action(f"plan_{kind}_mean"), rtol=0, atol=PLAN)
+    torch.testing.assert_close(made.actions[0, 0], case.action(f"plan_{kind}_action"), rtol=0, atol=PLAN)
