@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -75,7 +76,9 @@ def load_official(path: Path, *, obs_dim: int, action_dim: int, member: int | No
 def read_tensors(path: Path) -> State:
     """The named tensors of a `torch.save` file. Raises CheckpointError for anything else; other entries are ignored."""
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of unusual pickle protocols before it refuses them
+            payload = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {path}") from None
     except (IsADirectoryError, PermissionError) as error:

@@ -1,0 +1,152 @@
+"""Every task keeps the adapter's contract (specmpc_cli/envs/adapter.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from specmpc_cli.envs.adapter import TaskEnv
+from specmpc_cli.envs.registry import TASK_SETS, TASKS, lookup, make_env
+from specmpc_cli.errors import SpecMPCError, SuiteNotInstalled, UnknownTask
+from tests.fakes import CountingSimulator, counting_envs
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module", params=[*TASKS, "pointmass"])
+def env(request: pytest.FixtureRequest) -> Iterator[TaskEnv]:
+    made = make_env(request.param)
+    yield made
+    made.close()
+
+
+def play(env: TaskEnv, seed: int, steps: int = STEPS) -> np.ndarray:
+    """Observations and rewards of an episode under actions that the seed does not choose."""
+    actions = np.random.default_rng(0).uniform(-1, 1, (steps, env.task_spec.action_dim)).astype(np.float32)
+    obs, _ = env.reset(seed=seed)
+    trace = [np.append(obs, 0.0)]
+    for action in actions:
+        obs, reward, *_ = env.step(action)
+        trace.append(np.append(obs, reward))
+    return np.stack(trace)
+
+
+def test_spaces_dtypes_and_dimensions(env: TaskEnv) -> None:
+    spec, entry = env.task_spec, lookup(env.task_spec.task)
+    assert (spec.obs_dim, spec.action_dim) == (entry.obs_dim, entry.action_dim)
+    obs, _ = env.reset(seed=0)
+    assert env.observation_space.shape == (spec.obs_dim,) and obs in env.observation_space
+    assert env.action_space.dtype == np.float32
+    assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()  # type: ignore[attr-defined]
+    obs, reward, terminated, truncated, info = env.step(env.action_space.sample())
+    assert obs.dtype == np.float32 and isinstance(reward, float)
+    assert not terminated and not truncated and isinstance(info["success"], bool)
+
+
+def test_a_seed_reproduces_an_episode_exactly_and_another_seed_does_not(env: TaskEnv) -> None:
+    first, other, again = play(env, 3), play(env, 4), play(env, 3)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_a_second_environment_plays_the_same_episode(env: TaskEnv) -> None:
+    twin = make_env(env.task_spec.task)
+    assert np.array_equal(play(env, 5, 10), play(twin, 5, 10))
+    twin.close()
+
+
+def test_truncates_at_its_number_of_decisions_and_never_before(env: TaskEnv) -> None:
+    env.reset(seed=1)
+    action = np.zeros(env.task_spec.action_dim, np.float32)
+    for step in range(1, env.task_spec.decisions + 1):
+        _, _, terminated, truncated, _ = env.step(action)
+        assert not terminated
+        assert truncated == (step == env.task_spec.decisions), step
+
+
+def test_the_table_has_the_39_dmcontrol_and_50_metaworld_tasks() -> None:
+    suites = [entry.suite.name for entry in TASKS.values()]
+    assert suites.count("dmcontrol") == 39 and suites.count("metaworld") == 50
+    assert {suite: lookup(task).suite.decisions for task, suite in (("dog-run", "dm"), ("mw-push", "mw"))} == {"dm": 500, "mw": 100}
+
+
+def test_task_sets_are_complete_and_known() -> None:
+    assert [len(TASK_SETS[name]) for name in ("mt30", "mt80")] == [30, 80]
+    assert all(task in TASKS for name in TASK_SETS for task in TASK_SETS[name])
+    assert TASK_SETS["mt80"][:30] == TASK_SETS["mt30"] and len(set(TASK_SETS["mt80"])) == 80
+
+
+def test_actions_are_scaled_to_the_simulators_range_and_clipped() -> None:
+    """The quadruped's actions reach from −1 to 1.1, so ±1 must map to those."""
+    env = make_env("quadruped-walk")
+    received: list[np.ndarray] = []
+    step = env.simulator.step
+    env.simulator.step = lambda action: (received.append(action), step(action))[1]  # type: ignore[method-assign]
+    env.reset(seed=0)
+    for value in (-1.0, 1.0, 7.0):
+        env.step(np.full(12, value, np.float32))
+    low, high = env.simulator.action_low, env.simulator.action_high
+    assert high.max() == pytest.approx(1.1)
+    for got, expected in zip(received[::2], (low, high, high), strict=True):
+        np.testing.assert_allclose(got, expected)
+    env.close()
+
+
+def test_rewards_of_repeated_actions_add_up() -> None:
+    env = make_env("walker-walk")
+    env.reset(seed=0)
+    rewards: list[float] = []
+    step = env.simulator.step
+    env.simulator.step = lambda action: (rewards.append((raw := step(action)).reward), raw)[1]  # type: ignore[method-assign]
+    _, reward, *_ = env.step(np.zeros(6, np.float32))
+    assert len(rewards) == 2 and reward == pytest.approx(sum(rewards))
+    env.close()
+
+
+def test_metaworld_draws_a_new_goal_each_episode_and_shows_it() -> None:
+    env = make_env("mw-reach")
+    goals = [env.reset(seed=seed)[0][-3:] for seed in range(3)]
+    assert len({tuple(goal) for goal in goals}) == 3
+    assert all(np.abs(goal).sum() > 0 for goal in goals)
+    env.close()
+
+
+@pytest.mark.parametrize(("field", "value"), [("obs", np.nan), ("reward", np.inf)])
+def test_values_that_are_not_finite_stop_the_episode_with_task_and_step(field: str, value: float) -> None:
+    env = counting_envs(1).envs[0]
+    env.reset(seed=0)
+    env.step(np.zeros(1))
+    step = env.simulator.step
+    broken = {"obs": np.array([value, 1.0])} if field == "obs" else {"reward": value}
+    env.simulator.step = lambda action: step(action)._replace(**broken)  # type: ignore[method-assign]
+    with pytest.raises(SpecMPCError, match="counting.*step 2"):
+        env.step(np.zeros(1))
+
+
+def test_a_suites_own_end_counts_as_truncation_unless_the_task_may_terminate() -> None:
+    for episodic, expected in ((False, (False, True)), (True, (True, False))):
+        env = counting_envs(1, episodic=episodic).envs[0]
+        env.reset(seed=3)
+        ends = [env.step(np.zeros(1))[2:4] for _ in range(3)]
+        assert ends == [(False, False), (False, False), expected]
+
+
+def test_unknown_tasks_are_answered_with_the_nearest_names() -> None:
+    with pytest.raises(UnknownTask, match="did you mean walker-walk"):
+        lookup("walker-wlak")
+    with pytest.raises(UnknownTask, match="specmpc tasks"):
+        lookup("zzzzzz")
+
+
+def test_a_suite_that_is_not_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SuiteNotInstalled, match="run: pip install"):
+        make_env("mw-assembly")
+
+
+def test_the_counting_simulator_is_what_the_tests_think_it_is() -> None:
+    simulator = CountingSimulator()
+    assert simulator.reset(10_002).tolist() == [0, 1]
+    assert [simulator.step(np.zeros(1)).truncated for _ in range(2)] == [False, True]
