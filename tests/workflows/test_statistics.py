@@ -1,0 +1,48 @@
+"""Intervals and tail means on samples whose answers are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from specmpc_cli.workflows.statistics import cvar05, mean_ci95, ratio, ratio_ci95
+
+
+def test_the_interval_of_a_mean_is_that_of_the_normal_approximation() -> None:
+    sample = np.random.default_rng(0).normal(10, 2, 400)
+    interval = mean_ci95(sample)
+    assert interval is not None
+    half = 1.96 * sample.std() / 20
+    assert interval == pytest.approx((sample.mean() - half, sample.mean() + half), abs=0.02)
+
+
+def test_a_constant_sample_has_no_spread_and_a_single_one_no_interval() -> None:
+    assert mean_ci95(np.full(5, 3.0)) == (3.0, 3.0)
+    assert mean_ci95(np.array([3.0])) is None
+
+
+def test_pairing_removes_what_both_share() -> None:
+    """Episodes differ wildly, but each sample is exactly 0.9 of its baseline: the paired interval is a point."""
+    baseline = np.random.default_rng(0).uniform(10, 1000, 30)
+    assert ratio(0.9 * baseline, baseline) == pytest.approx(0.9)
+    assert ratio_ci95(0.9 * baseline, baseline) == pytest.approx((0.9, 0.9))
+    shuffled = np.random.default_rng(1).permutation(0.9 * baseline)
+    interval = ratio_ci95(shuffled, baseline)
+    assert interval is not None and interval[1] - interval[0] > 0.2
+
+
+def test_no_ratio_where_the_baseline_is_not_positive() -> None:
+    for baseline in (np.zeros(4), np.array([-5.0, 1.0, 1.0, 1.0])):
+        assert ratio(np.ones(4), baseline) is None
+        assert ratio_ci95(np.ones(4), baseline) is None
+
+
+def test_resamples_with_a_worthless_baseline_are_left_out() -> None:
+    baseline = np.array([0.0, 0.0, 0.0, 1.0])  # success flags: some resamples have no success at all
+    interval = ratio_ci95(np.array([0.0, 0.0, 0.0, 1.0]), baseline)
+    assert interval == pytest.approx((1.0, 1.0))
+
+
+@pytest.mark.parametrize(("n", "expected"), [(1, 0.0), (10, 0.0), (20, 0.0), (21, 0.5), (40, 0.5), (41, 1.0), (100, 2.0)])
+def test_cvar_is_the_mean_of_the_worst_twentieth_rounded_up(n: int, expected: float) -> None:
+    assert cvar05(np.random.default_rng(0).permutation(np.arange(float(n)))) == expected
