@@ -46,7 +46,8 @@ class Output:
         if self.as_json:
             return
         needed = Measurement.get(self._out, self._out.options.update(width=10_000), table).maximum
-        self._out.print(table, width=max(needed, 1), no_wrap=True, crop=False, overflow="ignore")
+        self._out.width = max(self._out.width, needed)
+        self._out.print(table)
 
     def document(self, document: Any) -> None:
         """The JSON document, with `--json`."""

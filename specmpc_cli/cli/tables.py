@@ -14,18 +14,19 @@ def comparison_table(report: dict[str, Any], label: Any) -> Table:
     success = any(row["success_rate"] is not None for row in report["rows"])
     table = Table(box=box.SIMPLE_HEAD, title=_title(report), title_justify="left", title_style="bold", pad_edge=False)
     table.add_column("way of acting", no_wrap=True)
-    for name in ("return", "95 % CI", *(("success",) if success else ()), "vs baseline", "95 % CI ", "calls", "saved"):
+    for name in ("return", "95 % CI", *(("success",) if success else ()), "vs base", "95 % CI ", "calls", "saved"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("accept", "correct", "replan", "step p50", "p99", "control"):
+    for name in ("accept/correct/replan", "p50 ms", "p99 ms", "Hz"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in report["rows"]:
-        cells = [label(row), f"{row['return_mean']:.1f}", _interval(row["return_ci95"], "{:.0f}")]
+        cells = [label(row), f"{row['return_mean']:.1f}", _interval(row["return_ci95"], 1, "")]
         if success:
             cells.append(percent(row["success_rate"]))
-        cells += [percent(row["return_vs_baseline"], 1), _interval(row["return_vs_baseline_ci95"], "{:.1%}")]
+        cells += [percent(row["return_vs_baseline"], 1), _interval(row["return_vs_baseline_ci95"], 100, " %")]
         cells += [f"{row['planner_calls_per_episode']:.1f}", percent(row["calls_saved"])]
-        cells += [percent(row[name]) for name in ("accept_rate", "correct_rate", "replan_rate")]
-        cells += [f"{row['step_ms_p50']:.1f} ms", f"{row['step_ms_p99']:.1f} ms", f"{row['control_hz']:.0f} Hz"]
+        rates = [row[name] for name in ("accept_rate", "correct_rate", "replan_rate")]
+        cells.append("–" if rates[0] is None else " / ".join(f"{rate:.0%}" for rate in rates))
+        cells += [f"{row['step_ms_p50']:.1f}", f"{row['step_ms_p99']:.1f}", f"{row['control_hz']:.0f}"]
         table.add_row(*cells)
     return table
 
@@ -117,8 +118,13 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _interval(interval: Sequence[float] | None, form: str) -> str:
-    return "–" if interval is None else " … ".join(form.format(bound) for bound in interval)
+def _interval(interval: Sequence[float] | None, scale: float, unit: str) -> str:
+    """`97.1–99.8 %`; without decimals where the numbers are large."""
+    if interval is None:
+        return "–"
+    low, high = (bound * scale for bound in interval)
+    digits = 1 if unit or max(abs(low), abs(high)) < 100 else 0
+    return f"{low:.{digits}f}–{high:.{digits}f}{unit}"
 
 
 def _title(report: dict[str, Any]) -> str:

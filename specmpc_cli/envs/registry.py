@@ -42,7 +42,7 @@ class TaskEntry:
 _CORE = "pip install specmpc"
 DMCONTROL = Suite("dmcontrol", "specmpc_cli.envs.dmcontrol", "dm_control", _CORE, decisions=500, action_repeat=2)
 METAWORLD = Suite("metaworld", "specmpc_cli.envs.metaworld", "metaworld", _CORE, decisions=100, action_repeat=2, has_success=True)
-POINTMASS = Suite("pointmass", "specmpc_cli.envs.pointmass", None, _CORE, decisions=40, action_repeat=1, has_success=True)
+POINTMASS = Suite("pointmass", "specmpc_cli.envs.pointmass", None, _CORE, decisions=40, action_repeat=1)
 
 # task: observation and action dimensions
 _DMCONTROL_TASKS = {
