@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from specmpc_cli.workflows.acting import Workbench
     from specmpc_cli.workflows.store import FittedCorrector, Store
 
-DEFAULT_HORIZON = 6  # of `eval` in the modes that have one
-
 
 class _Group(TyperGroup):
     """Turns errors that a user can mend into one red line and an exit code."""
@@ -107,7 +105,7 @@ def import_(
     out = _output(common)
     store = Store(common.store, task, common.name)
     report = import_teacher(store, file, task_set=task_set)
-    store.remember_task()
+    store.claim()
     out.say(f"imported a {report.parameters / 1e6:.1f} M teacher for {report.task} ({report.sha256[:8]}) into {report.path}")
     out.document({"schema": 1, "task": report.task, "path": str(report.path), "sha256": report.sha256, "dims": report.dims})
 
@@ -124,16 +122,19 @@ def collect(
     set_: SetOption = None,
 ) -> None:
     """Run the teacher and label every step with what a fresh plan would do."""
+    from specmpc_cli.workflows.acting import check_archs
     from specmpc_cli.workflows.collect import collect as run
     from specmpc_cli.workflows.fit_corrector import fitted_for_round
 
     out = _output(common)
-    _known_archs([arch])
+    check_archs([arch])
     store, bench = _open(common, out, task, preset, set_)
     with out.progress() as progress:
         bar = progress.add_task("round 1", total=None, state="")
 
         def begin_round(round_: int, missing: int) -> None:
+            if missing:
+                _compile(out, bench)
             progress.reset(bar, total=missing * bench.spec.decisions, description=f"round {round_}", state="env steps")
 
         def fit(round_: int) -> "FittedCorrector":
@@ -152,7 +153,6 @@ def collect(
             on_step=lambda: progress.advance(bar),
             on_round=begin_round,
         )
-    store.remember_task()
     if report.new_episodes == 0:
         out.note("nothing to do: the dataset has these episodes already; ask for more --episodes or --rounds, or another --seed")
     for group, returns in report.returns.items():
@@ -186,14 +186,16 @@ def fit_corrector(
 
     from specmpc_cli.cli.tables import fit_table
     from specmpc_cli.engine.correctors import CORRECTORS
+    from specmpc_cli.workflows.acting import check_archs
     from specmpc_cli.workflows.fit_corrector import fit_to_store
 
     out = _output(common)
-    archs = _known_archs(arch or list(CORRECTORS))
+    archs = check_archs(arch or list(CORRECTORS))
     settings = [*(set_ or []), *([f"corrector.epochs={epochs}"] if epochs else [])]
     store, bench = _open(common, out, task, preset, settings)
     folder, shards = store.newest_dataset(bench.teacher)
     out.note(f"data: {folder} ({sum(shard.rows for shard in shards)} rows from {len(shards)} episodes)")
+    _compile(out, bench)
     reports = []
     with out.progress() as progress:
         for name in archs:
@@ -208,7 +210,6 @@ def fit_corrector(
                 on_epoch=lambda line, bar=bar: progress.update(bar, completed=line.epoch, state=f"validation {line.validation_error:.4f}"),
             )
             reports.append(report)
-    store.remember_task()
     out.table(fit_table(reports))
     out.say(
         f"label noise: two fresh plans of one state differ by {reports[0].label_noise:.4f}; "
@@ -254,20 +255,23 @@ def eval_(
 ) -> None:
     """Run one way of acting."""
     from specmpc_cli.cli.tables import comparison_table
+    from specmpc_cli.workflows.acting import check_way, choose_way
     from specmpc_cli.workflows.compare import evaluate_one
     from specmpc_cli.workflows.plots import row_label
 
     out = _output(common)
-    _check_eval_options(mode, horizon, arch, accept_below, replan_above)
+    options = {"horizon": horizon, "arch": arch, "accept_below": accept_below, "replan_above": replan_above}
+    check_way(mode, **options)
     store, bench = _open(common, out, task, preset, set_)
-    way = _way(out, store, bench, mode, horizon, arch, accept_below, replan_above)
+    way = choose_way(store, bench, mode, **options)
+    if way.corrector is not None:
+        out.note(f"corrector: {way.corrector.arch} ({way.corrector.source})")
     _compile(out, bench)
     with out.progress() as progress:
         bar = progress.add_task(way.label, total=episodes * bench.spec.decisions, state="env steps")
         report = evaluate_one(
             bench, way, episodes=episodes, seed=common.seed, num_envs=_num_envs(episodes), on_step=lambda _: progress.advance(bar)
         )
-    store.remember_task()
     out.table(comparison_table(report, row_label))
     out.document(report)
 
@@ -287,6 +291,7 @@ def compare(
 ) -> None:
     """All ways of acting side by side: return against planner calls saved."""
     from specmpc_cli.cli.tables import by_age_table, comparison_table
+    from specmpc_cli.workflows.acting import check_archs
     from specmpc_cli.workflows.compare import compare as run
     from specmpc_cli.workflows.compare import keep_results, parse_requirements, rows_meeting, ways_of
     from specmpc_cli.workflows.plots import row_label
@@ -294,7 +299,7 @@ def compare(
     out = _output(common)
     requirements = parse_requirements(require) if require else []
     steps = _parse_horizons(horizons)
-    archs = _known_archs(arch) if arch else None
+    archs = check_archs(arch) if arch else None
     store, bench = _open(common, out, task, preset, set_)
     ways = ways_of(bench, steps, _correctors(out, store, bench, archs))
     _compile(out, bench)
@@ -312,7 +317,6 @@ def compare(
             on_step=lambda _: progress.advance(bar),
             on_row=lambda row: progress.advance(overall),
         )
-    store.remember_task()
     as_json, as_png = keep_results(store, report)
     out.table(comparison_table(report, row_label))
     if detail:
@@ -336,7 +340,7 @@ def _open(
     common: Common, out: Output, task: str | None, preset: list[str] | None, settings: list[str] | None
 ) -> tuple["Store", "Workbench"]:
     """The store and a workbench for its teacher; says what it took."""
-    from specmpc_cli.envs.registry import make_env
+    from specmpc_cli.envs.registry import lookup
     from specmpc_cli.runtime import choose_runtime
     from specmpc_cli.workflows.acting import Workbench
     from specmpc_cli.workflows.store import Store, config_of
@@ -345,10 +349,9 @@ def _open(
     teacher = store.teacher()
     config = config_of(teacher, preset or [], settings or [])
     runtime = choose_runtime(common.device, common.dtype)
-    env = make_env(store.task)
-    bench = Workbench(teacher, env.task_spec, config, runtime)
-    env.close()
-    how = "named" if task else "used last" if (common.store / "last.json").exists() else "default"
+    bench = Workbench(teacher, lookup(store.task).spec, config, runtime)
+    how = "named" if task else "used last" if store.used_before else "default"
+    store.claim()
     compiled = "compiled" if runtime.compiled else "eager"
     out.note(
         f"task: {store.task} ({how}) · teacher: {teacher.source} {teacher.sha256[:8]} · "
@@ -376,62 +379,6 @@ def _correctors(out: Output, store: "Store", bench: "Workbench", archs: list[str
     return found
 
 
-def _way(
-    out: Output,
-    store: "Store",
-    bench: "Workbench",
-    mode: str,
-    horizon: int | None,
-    arch: str | None,
-    accept_below: float | None,
-    replan_above: float | None,
-) -> Any:
-    from specmpc_cli.engine.correctors import CORRECTORS
-    from specmpc_cli.workflows.acting import Mode, Way, adaptive_way, with_thresholds
-
-    chosen = Mode(mode)
-    if chosen is Mode.BASELINE:
-        return Way(chosen, 1)
-    if chosen is Mode.POLICY:
-        return Way(chosen)
-    if chosen is Mode.NAIVE:
-        return Way(chosen, horizon or DEFAULT_HORIZON)
-    found, _ = store.correctors(bench.teacher, [arch] if arch else None)
-    corrector = found[0] if found else store.corrector(bench.teacher, arch or next(iter(CORRECTORS)))
-    out.note(f"corrector: {corrector.arch} ({corrector.source})")
-    if chosen is Mode.ADAPTIVE:
-        return adaptive_way(corrector, bench.config, accept_below, replan_above)
-    steps = horizon or DEFAULT_HORIZON
-    return Way(chosen, steps, corrector, with_thresholds(corrector.rule(steps), accept_below, replan_above))
-
-
-def _check_eval_options(mode: str, horizon: int | None, *others: Any) -> None:
-    """Refuses an unknown mode, and options that the mode would ignore."""
-    modes = {
-        "baseline": (),
-        "policy": (),
-        "naive": ("--horizon",),
-        "corrected": ("--horizon", "--arch", "--accept-below", "--replan-above"),
-        "adaptive": ("--arch", "--accept-below", "--replan-above"),
-    }
-    if mode not in modes:
-        raise ConfigError(f"--mode must be one of {', '.join(modes)}, got {mode!r}")
-    given = zip(("--horizon", "--arch", "--accept-below", "--replan-above"), (horizon, *others), strict=True)
-    for option, value in given:
-        if value is not None and option not in modes[mode]:
-            raise ConfigError(f"{option} has no meaning in mode {mode}; leave it out")
-    if others[0] is not None:
-        _known_archs([others[0]])
-
-
-def _known_archs(archs: list[str]) -> list[str]:
-    known = ("two-tower", "temporal")
-    for arch in archs:
-        if arch not in known:
-            raise ConfigError(f"--arch must be {' or '.join(known)}, got {arch!r}")
-    return archs
-
-
 def _parse_horizons(text: str) -> list[int]:
     try:
         horizons = [int(part) for part in text.split(",")]
@@ -451,7 +398,7 @@ def _compile(out: Output, bench: "Workbench") -> None:
     """Makes the first plan, which compiles the planner, and says so."""
     import time
 
-    if not bench.runtime.compiled:
+    if not bench.runtime.compiled or bench.warm:
         return
     out.note("preparing the planner; the first time on a machine this compiles it, about a minute")
     started = time.perf_counter()

@@ -38,6 +38,20 @@ class TaskEntry:
     def installed(self) -> bool:
         return self.suite.requires is None or importlib.util.find_spec(self.suite.requires) is not None
 
+    @property
+    def spec(self) -> EnvSpec:
+        """The facts of its environment, without building one."""
+        suite = self.suite
+        return EnvSpec(
+            task=self.task,
+            suite=suite.name,
+            obs_dim=self.obs_dim,
+            action_dim=self.action_dim,
+            decisions=suite.decisions,
+            action_repeat=suite.action_repeat,
+            has_success=suite.has_success,
+        )
+
 
 _CORE = "pip install specmpc"
 DMCONTROL = Suite("dmcontrol", "specmpc_cli.envs.dmcontrol", "dm_control", _CORE, decisions=500, action_repeat=2)
@@ -107,13 +121,5 @@ def make_env(task: str) -> TaskEnv:
     if not entry.installed:
         raise SuiteNotInstalled(f"{task} needs {suite.requires}, which is not installed; run: {suite.install}")
     simulator = importlib.import_module(suite.module).make_simulator(task)
-    spec = EnvSpec(
-        task=task,
-        suite=suite.name,
-        obs_dim=simulator.obs_dim,
-        action_dim=len(simulator.action_low),
-        decisions=suite.decisions,
-        action_repeat=suite.action_repeat,
-        has_success=suite.has_success,
-    )
-    return TaskEnv(spec, simulator)
+    assert (simulator.obs_dim, len(simulator.action_low)) == (entry.obs_dim, entry.action_dim), task
+    return TaskEnv(entry.spec, simulator)

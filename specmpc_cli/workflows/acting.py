@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+import torch
+
 from specmpc_cli.config.schema import Config, PlannerConfig
 from specmpc_cli.engine.batched_planner import BatchedPlanner
 from specmpc_cli.engine.compiled import batch_sizes_for, kernels_for
+from specmpc_cli.engine.correctors import CORRECTORS
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import PlannerSettings
 from specmpc_cli.engine.runner import PolicyActor, SpeculativeRunner
 from specmpc_cli.errors import CheckpointError, ConfigError
 from specmpc_cli.runtime import Runtime
 from specmpc_cli.types import Actor, EnvSpec
-from specmpc_cli.workflows.store import FittedCorrector, Teacher
+from specmpc_cli.workflows.store import FittedCorrector, Store, Teacher
 
 LARGE_ACTION_DIM = 20  # from here on TD-MPC2 adds iterations
 DEFAULT_HISTORY = 8
+DEFAULT_HORIZON = 6  # env steps per plan where none is named
 
 
 class Mode(StrEnum):
@@ -81,6 +86,7 @@ class Workbench:
                 )
         self.teacher, self.spec, self.config, self.runtime = teacher, spec, config, runtime
         self.model = teacher.model.to(runtime.device)
+        self.warm = False  # whether the planner has planned, and so is compiled
         self.planner = BatchedPlanner(
             self.model,
             planner_settings(config.planner, spec),
@@ -109,8 +115,7 @@ class Workbench:
 
     def warm_up(self) -> None:
         """Makes one plan per batch size, which compiles what will be compiled."""
-        import torch
-
+        self.warm = True
         d, device = self.model.dims, self.runtime.device
         with torch.inference_mode():
             for rows in batch_sizes_for(self.runtime):
@@ -118,6 +123,66 @@ class Workbench:
                 warm_start = torch.zeros(rows, self.planner.settings.horizon, d.action_dim, device=device)
                 index = torch.zeros(rows, dtype=torch.int64, device=device)
                 self.planner(z, warm_start, index, index)
+
+
+def choose_way(
+    store: Store,
+    bench: Workbench,
+    mode: str,
+    *,
+    horizon: int | None = None,
+    arch: str | None = None,
+    accept_below: float | None = None,
+    replan_above: float | None = None,
+) -> Way:
+    """The way of acting that these options name; a corrector that is not named is the first that fits the teacher.
+
+    Raises:
+        ConfigError: an unknown mode or architecture, options that the mode would ignore, or no gate for adaptive mode.
+        CheckpointError: no corrector of this teacher.
+    """
+    chosen = check_way(mode, horizon=horizon, arch=arch, accept_below=accept_below, replan_above=replan_above)
+    steps = horizon or DEFAULT_HORIZON
+    match chosen:
+        case Mode.BASELINE:
+            return Way(chosen, 1)
+        case Mode.POLICY:
+            return Way(chosen)
+        case Mode.NAIVE:
+            return Way(chosen, steps)
+    found, _ = store.correctors(bench.teacher, [arch] if arch else None)
+    corrector = found[0] if found else store.corrector(bench.teacher, arch or next(iter(CORRECTORS)))
+    if chosen is Mode.ADAPTIVE:
+        return adaptive_way(corrector, bench.config, accept_below, replan_above)
+    return Way(chosen, steps, corrector, with_thresholds(corrector.rule(steps), accept_below, replan_above))
+
+
+_OPTIONS: dict[Mode, tuple[str, ...]] = {
+    Mode.BASELINE: (),
+    Mode.POLICY: (),
+    Mode.NAIVE: ("horizon",),
+    Mode.CORRECTED: ("horizon", "arch", "accept_below", "replan_above"),
+    Mode.ADAPTIVE: ("arch", "accept_below", "replan_above"),
+}
+
+
+def check_way(mode: str, **options: Any) -> Mode:
+    """The mode. Raises ConfigError for an unknown mode or architecture, and for options that the mode would ignore."""
+    if mode not in list(Mode):
+        raise ConfigError(f"--mode must be one of {', '.join(Mode)}, got {mode!r}")
+    for option, value in options.items():
+        if value is not None and option not in _OPTIONS[Mode(mode)]:
+            raise ConfigError(f"--{option.replace('_', '-')} has no meaning in mode {mode}; leave it out")
+    check_archs([options["arch"]] if options.get("arch") else [])
+    return Mode(mode)
+
+
+def check_archs(archs: Sequence[str]) -> list[str]:
+    """The architectures. Raises ConfigError for an unknown one."""
+    for arch in archs:
+        if arch not in CORRECTORS:
+            raise ConfigError(f"--arch must be {' or '.join(CORRECTORS)}, got {arch!r}")
+    return list(archs)
 
 
 def adaptive_way(corrector: FittedCorrector, config: Config, accept_below: float | None, replan_above: float | None) -> Way:

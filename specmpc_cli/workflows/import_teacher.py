@@ -6,10 +6,10 @@ import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from specmpc_cli.config.schema import Config
+from specmpc_cli.config.schema import PlannerConfig
 from specmpc_cli.engine.checkpoint import weights_sha256
 from specmpc_cli.engine.official import load_official
-from specmpc_cli.envs.registry import TASK_SETS, make_env
+from specmpc_cli.envs.registry import TASK_SETS, lookup
 from specmpc_cli.errors import ConfigError
 from specmpc_cli.versions import versions
 from specmpc_cli.workflows.store import Store, timestamp
@@ -43,9 +43,7 @@ def import_teacher(store: Store, file: Path, *, task_set: str | None = None) -> 
         if store.task not in TASK_SETS[task_set]:
             raise ConfigError(f"{store.task} is not in {task_set}; its tasks are {', '.join(TASK_SETS[task_set])}")
         member = TASK_SETS[task_set].index(store.task)
-    env = make_env(store.task)
-    spec = env.task_spec
-    env.close()
+    spec = lookup(store.task).spec
     model = load_official(file, obs_dim=spec.obs_dim, action_dim=spec.action_dim, member=member)
     origin = {
         "made_by": "specmpc import",
@@ -56,7 +54,7 @@ def import_teacher(store: Store, file: Path, *, task_set: str | None = None) -> 
         "date": timestamp(),
         "versions": versions(),
     }
-    config = {**Config().model_dump(mode="json"), "dims": asdict(model.dims), "origin": origin}
+    config = {"planner": PlannerConfig().model_dump(), "dims": asdict(model.dims), "origin": origin}
     path = store.save_teacher(model, config, [{"event": "import", **origin}])
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return ImportReport(store.task, path, weights_sha256(model.state_dict()), parameters, asdict(model.dims))

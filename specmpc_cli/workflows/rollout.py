@@ -108,61 +108,86 @@ def rollout(
         on_step: sees each row's step; on_episode: sees each finished episode.
         on_latency: milliseconds of each `act` call, device synchronised: observation in, action out.
     """
-    waiting = list(enumerate(episodes))
-    finished: dict[int, EpisodeStats] = {}
-    rows = list(range(min(len(envs), len(waiting))))  # environments in use; position in this list = row of the batch
-    running = [waiting.pop(0) for _ in rows]
-    stats = [EpisodeStats(episode) for _, episode in running]
-    obs = np.stack([envs.reset(row, episode.env_seed) for row, (_, episode) in zip(rows, running, strict=True)])
-    first = torch.ones(len(rows), dtype=torch.bool, device=device)
-    state = _begin(actor, actor.initial_state(len(rows)), list(range(len(rows))), running, device)
+    batch = _Batch(actor, envs, episodes, device)
     clock = Stopwatch(device)
-
-    while rows:
+    while batch.running:
         clock.start()
-        action, state, log = actor.act(torch.from_numpy(obs).to(device), state, first)
+        action, state, log = actor.act(torch.from_numpy(batch.obs).to(device), batch.state, batch.first)
         actions = action.cpu().numpy()
         if on_latency is not None:
             on_latency(clock.stop_ms())
-        step = envs.step(rows, actions)
-        first = torch.zeros_like(first)
-        ended, host_log = [], log.cpu()
-        for i, stat in enumerate(stats):
-            row_log = host_log.take(torch.tensor(i))
+        step = envs.step([row.env for row in batch.running], actions)
+        log = log.cpu()
+        ended = []
+        for i, row in enumerate(batch.running):
+            row_log = log.take(torch.tensor(i))
             if on_step is not None:
-                on_step(Transition(stat.episode, stat.env_steps, obs[i], actions[i], float(step.reward[i]), row_log))
-            stat.record(float(step.reward[i]), row_log)
-            if step.terminated[i] or step.truncated[i] or stat.env_steps == max_steps:
-                stat.success, stat.terminated = bool(step.success[i]), bool(step.terminated[i])
+                episode = row.stats.episode
+                on_step(Transition(episode, row.stats.env_steps, batch.obs[i], actions[i], float(step.reward[i]), row_log))
+            row.stats.record(float(step.reward[i]), row_log)
+            if step.terminated[i] or step.truncated[i] or row.stats.env_steps == max_steps:
+                row.stats.success, row.stats.terminated = bool(step.success[i]), bool(step.terminated[i])
                 ended.append(i)
-        obs = step.obs
-        if not ended:
-            continue
+        batch.advance(state, step.obs)
+        for i in ended:
+            if on_episode is not None:
+                on_episode(batch.running[i].stats)
+        batch.replace(ended)
+    return batch.finished()
 
-        # Finished rows begin the next waiting episode; where none waits they are dropped.
+
+@dataclass(slots=True)
+class _Row:
+    """An environment and the episode that it plays."""
+
+    env: int
+    stats: EpisodeStats
+
+
+class _Batch:
+    """The rows that act together: their environments, episodes, observations and the actor's state, kept in the same order."""
+
+    def __init__(self, actor: Actor[Any], envs: VectorEnv, episodes: Sequence[Episode], device: torch.device) -> None:
+        self._actor, self._envs, self._device = actor, envs, device
+        self._all = [EpisodeStats(episode) for episode in episodes]
+        self._waiting = iter(self._all)
+        self.running = [_Row(env, stats) for env, stats in zip(range(len(envs)), self._waiting, strict=False)]
+        self.obs = np.stack([self._reset(row) for row in self.running])
+        self.first = torch.ones(len(self.running), dtype=torch.bool, device=device)
+        self.state = self._begun(actor.initial_state(len(self.running)), list(range(len(self.running))))
+
+    def advance(self, state: Any, obs: np.ndarray) -> None:
+        """After a step of all rows."""
+        self.state, self.obs, self.first = state, obs, torch.zeros_like(self.first)
+
+    def replace(self, ended: list[int]) -> None:
+        """Gives the rows at these positions the next waiting episodes; where none waits they are dropped."""
         restarted, dropped = [], []
         for i in ended:
-            finished[running[i][0]] = stats[i]
-            if on_episode is not None:
-                on_episode(stats[i])
-            if waiting:
-                running[i] = waiting.pop(0)
-                stats[i] = EpisodeStats(running[i][1])
-                obs[i] = envs.reset(rows[i], running[i][1].env_seed)
-                restarted.append(i)
-            else:
+            stats = next(self._waiting, None)
+            if stats is None:
                 dropped.append(i)
+                continue
+            self.running[i].stats = stats
+            self.obs[i] = self._reset(self.running[i])
+            self.first[i] = True
+            restarted.append(i)
         if restarted:
-            first[restarted] = True
-            state = _begin(actor, state, restarted, running, device)
+            self.state = self._begun(self.state, restarted)
         if dropped:
-            kept = [i for i in range(len(rows)) if i not in dropped]
-            index = torch.tensor(kept, dtype=torch.int64, device=device)
-            rows, running, stats = [rows[i] for i in kept], [running[i] for i in kept], [stats[i] for i in kept]
-            obs, first, state = obs[kept], first[index], state.take(index)
-    return [finished[i] for i in range(len(episodes))]
+            kept = [i for i in range(len(self.running)) if i not in dropped]
+            index = torch.tensor(kept, dtype=torch.int64, device=self._device)
+            self.running = [self.running[i] for i in kept]
+            self.obs, self.first, self.state = self.obs[kept], self.first[index], self.state.take(index)
 
+    def finished(self) -> list[EpisodeStats]:
+        """The statistics of all episodes, in the order in which they were given."""
+        return self._all
 
-def _begin(actor: Actor[Any], state: Any, rows: list[int], running: list[tuple[int, Episode]], device: torch.device) -> Any:
-    streams = torch.tensor([running[i][1].stream for i in rows], dtype=torch.int64, device=device)
-    return actor.begin(state, torch.tensor(rows, dtype=torch.int64, device=device), streams)
+    def _reset(self, row: _Row) -> np.ndarray:
+        return self._envs.reset(row.env, row.stats.episode.env_seed)
+
+    def _begun(self, state: Any, positions: list[int]) -> Any:
+        streams = [self.running[i].stats.episode.stream for i in positions]
+        index, keys = (torch.tensor(values, dtype=torch.int64, device=self._device) for values in (positions, streams))
+        return self._actor.begin(state, index, keys)

@@ -7,6 +7,7 @@ Layout (docs/store.md): <store>/<task>/<name>/{teacher,correctors/<arch>,data/<d
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,19 +79,27 @@ class Store:
     def __init__(self, root: Path, task: str | None = None, name: str = "main") -> None:
         """`task` None takes the one used last in this store, else walker-walk. Raises UnknownTask."""
         self.root = root
-        self.named_task = task is not None
         self.task = task or self._last_task() or DEFAULT_TASK
         lookup(self.task)
         self.name = name
         self.folder = root / self.task / name
 
-    def remember_task(self) -> None:
-        """Makes this the task that later commands take when none is named."""
+    def claim(self) -> None:
+        """Makes this the task that later commands take when none is named; before long work, because it proves that the store can be
+        written. Raises StoreError where it cannot."""
+        make_folder(self.folder)
+        if not os.access(self.folder, os.W_OK):
+            raise StoreError(f"no permission to write to {self.folder}; choose another --store")
         write_whole(self._memory, json.dumps({"task": self.task}) + "\n")
 
     @property
     def _memory(self) -> Path:
         return self.root / "last.json"
+
+    @property
+    def used_before(self) -> bool:
+        """Whether this store knows a task used last."""
+        return self._memory.exists()
 
     def _last_task(self) -> str | None:
         try:
@@ -189,9 +198,7 @@ class Store:
     # Results
 
     def results_folder(self) -> Path:
-        folder = self.folder / "results"
-        make_folder(folder)
-        return folder
+        return self.folder / "results"
 
 
 def config_of(teacher: Teacher, presets: list[str], settings: list[str]) -> Config:

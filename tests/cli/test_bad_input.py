@@ -156,13 +156,19 @@ def test_a_store_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -> Non
     assert "choose another --store" in blocked.fails("import", str(checkpoint), "--task", "pointmass")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_store_without_write_permission(with_teacher: Command) -> None:
-    with_teacher.store.chmod(0o500)
-    try:
-        assert "Permission denied" in with_teacher.fails("import", "x", "--task", "pointmass", "--name", "other")
-    finally:
-        with_teacher.store.chmod(0o700)
+@pytest.mark.parametrize("name", ["collect", "eval", "compare"])
+def test_a_store_without_write_permission_is_refused_before_anything_runs(
+    with_teacher: Command, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root, who may run these tests, may write everywhere
+    assert "no permission to write" in with_teacher.fails(name)
+    monkeypatch.undo()
+    if os.geteuid() != 0:
+        with_teacher.store.chmod(0o500)
+        try:
+            assert "choose another --store" in with_teacher.fails(name, "--task", "pointmass", "--name", "other")
+        finally:
+            with_teacher.store.chmod(0o700)
 
 
 def test_a_store_whose_memory_is_damaged(with_teacher: Command) -> None:

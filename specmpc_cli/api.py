@@ -1,0 +1,103 @@
+"""For a loop of your own: a robot, another simulator, a web service.
+
+    controller = specmpc_cli.api.load_controller("walker-walk", mode="corrected", horizon=6)
+    controller.reset()
+    action = controller.act(obs)
+
+The controller runs the same engine as the commands; it keeps one episode's state for you.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from specmpc_cli.envs.registry import lookup
+from specmpc_cli.errors import ConfigError
+from specmpc_cli.runtime import Purpose, choose_runtime, stream_key
+from specmpc_cli.types import StepLog
+from specmpc_cli.workflows.acting import Mode, Way, Workbench, choose_way
+from specmpc_cli.workflows.store import Store, config_of
+
+
+class Controller:
+    """One environment's controller. `act` takes and returns plain arrays; `log` tells what the last step did."""
+
+    def __init__(self, bench: Workbench, way: Way, seed: int = 0) -> None:
+        self.bench, self.way = bench, way
+        self.log: StepLog | None = None  # of the last step, batch of one: decision, age, mismatch, ...
+        self._actor = bench.actor(way)
+        self._seed = seed
+        self._episode = -1
+        self.reset()
+
+    def reset(self) -> None:
+        """The next `act` begins an episode: it plans afresh and remembers nothing of the last one."""
+        self._episode += 1
+        stream = stream_key(Purpose.COMPARE, self._seed, self._episode)
+        row = torch.zeros(1, dtype=torch.int64, device=self.bench.runtime.device)
+        self._state = self._actor.begin(self._actor.initial_state(1), row, row + stream)
+        self._first = True
+
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """Observation [O] as the task's environment gives it → action [A] in [-1, 1].
+
+        Raises:
+            ConfigError: an observation of another shape, or one that is not finite.
+        """
+        flat = np.asarray(obs, dtype=np.float32).ravel()
+        expected = self.bench.model.dims.obs_dim
+        if flat.shape != (expected,):
+            raise ConfigError(f"expected an observation of {expected} values, got {flat.shape[0]}")
+        if not np.isfinite(flat).all():
+            raise ConfigError("the observation holds values that are not finite; check the sensor that gave them")
+        device = self.bench.runtime.device
+        batch = torch.from_numpy(flat).to(device).unsqueeze(0)
+        first = torch.tensor([self._first], device=device)
+        action, self._state, self.log = self._actor.act(batch, self._state, first)
+        self._first = False
+        return action[0].cpu().numpy()
+
+    def warm_up(self) -> None:
+        """Makes a plan and throws it away, so that no later step waits for compilation."""
+        if self.way.mode is not Mode.POLICY:
+            self.bench.warm_up()
+
+
+def load_controller(
+    task_or_path: str | Path,
+    mode: str = "corrected",
+    *,
+    horizon: int | None = None,
+    arch: str | None = None,
+    store: str | Path = "specmpc-store",
+    name: str = "main",
+    device: str = "auto",
+    dtype: str = "auto",
+    accept_below: float | None = None,
+    replan_above: float | None = None,
+    seed: int = 0,
+) -> Controller:
+    """A controller for your own loop.
+
+    Args:
+        task_or_path: a task's name (its teacher in the store, else the embedded one), or a store folder `<store>/<task>/<name>`.
+        mode: baseline, policy, naive, corrected or adaptive.
+        horizon: env steps per plan for naive and corrected, 6 if left out.
+        arch: two-tower or temporal; for corrected and adaptive, the first one that fits the teacher if left out.
+        accept_below, replan_above: gate thresholds of adaptive mode, where the corrector carries no calibrated ones.
+
+    Raises:
+        SpecMPCError: the same errors as the commands, with their remedies.
+    """
+    folder = Path(task_or_path)
+    if folder.is_dir() and (folder / "teacher").is_dir():
+        place = Store(folder.parent.parent, folder.parent.name, folder.name)
+    else:
+        place = Store(Path(store), str(task_or_path), name)
+    teacher = place.teacher()
+    bench = Workbench(teacher, lookup(place.task).spec, config_of(teacher, [], []), choose_runtime(device, dtype))
+    way = choose_way(place, bench, mode, horizon=horizon, arch=arch, accept_below=accept_below, replan_above=replan_above)
+    return Controller(bench, way, seed)
