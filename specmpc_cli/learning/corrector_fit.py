@@ -1,4 +1,4 @@
-"""Distilling the planner: fits a corrector to what fresh plans would have done (DESIGN §4).
+"""Distilling the planner: fits a corrector to what fresh plans would have done .
 
 Loss: mean squared error of the corrected action to the fresh plan's weighted elite mean, plus a penalty on the correction's size. A second
 head learns the corrected action's own squared error. Episodes, not steps, are held out for validation.

@@ -1,4 +1,4 @@
-"""Collecting: runs episodes and labels every step with what a fresh plan would do there (DESIGN §4).
+"""Collecting: runs episodes and labels every step with what a fresh plan would do there .
 
 Round 1 mixes the teacher itself, with a shadow plan ageing beside it, and the naive runner. From round 2 on the current corrector acts, so
 that later correctors learn from the states that correctors lead to (DAgger, Ross et al., 2011).
@@ -10,91 +10,24 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from specmpc_cli.data.shards import DatasetFacts, ShardWriter, read_shards, write_index
 from specmpc_cli.data.tuples import Behaviour, TupleDims, stack_rows
-from specmpc_cli.engine.runner import SpeculativeRunner
 from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.errors import ConfigError
 from specmpc_cli.runtime import EPISODES_PER_SEED, Purpose
-from specmpc_cli.types import Decision, Rows, RunnerState, StepLog
 from specmpc_cli.versions import versions
 from specmpc_cli.workflows.acting import Mode, Way, Workbench
+from specmpc_cli.workflows.labelling import LabelledLog, Labeller
 from specmpc_cli.workflows.rollout import Episode, EpisodeStats, Transition, rollout
 from specmpc_cli.workflows.store import FittedCorrector, Store
 
 EPISODES_PER_ROUND = 500  # episode numbers reserved for each round, so that a dataset can grow in both directions
-
-
-@dataclass(frozen=True)
-class LabelledLog(StepLog):
-    """A step log with the columns of a tuple that the loop does not know."""
-
-    z: Tensor
-    z_pred: Tensor
-    a_plan: Tensor
-    a_teacher_mean: Tensor
-    a_teacher_std: Tensor
-    a_teacher: Tensor
-    warm_start: Tensor
-    older_age: Tensor  # of the plan that predicted this step; the log's `age` is that of the plan that acted
-
-
-@dataclass(frozen=True)
-class LabellerState(Rows):
-    """The runner's state, and the teacher's own last mean: it plans at each step and warm-starts from that."""
-
-    runner: RunnerState
-    teacher_mean: Tensor  # [B, H, A]
-
-
-class Labeller:
-    """Acts as a runner does, or as the teacher with that runner in its shadow, and plans at every step for the label.
-
-    Where the runner replans, the label's plan is the plan it adopts. Implements `types.Actor`.
-    """
-
-    def __init__(self, runner: SpeculativeRunner, behaviour: Behaviour) -> None:
-        self.runner = runner
-        self.behaviour = behaviour
-
-    def initial_state(self, batch: int) -> LabellerState:
-        state = self.runner.initial_state(batch)
-        return LabellerState(state, state.plan.mean)
-
-    def begin(self, state: LabellerState, rows: Tensor, streams: Tensor) -> LabellerState:
-        return replace(state, runner=self.runner.begin(state.runner, rows, streams))
-
-    @torch.inference_mode()
-    def act(self, obs: Tensor, state: LabellerState, first: Tensor) -> tuple[Tensor, LabellerState, LabelledLog]:
-        seen = self.runner.assess(obs, state.runner, first)
-        if self.behaviour is Behaviour.TEACHER:
-            shifted = torch.cat([state.teacher_mean[:, 1:], torch.zeros_like(state.teacher_mean[:, :1])], dim=1)
-            seen = replace(seen, warm_start=shifted.masked_fill(first[:, None, None], 0.0))
-        fresh = self.runner.replan(seen, state.runner)
-        rows = torch.nonzero(seen.decision == Decision.REPLAN).squeeze(1)
-        action, after, log = self.runner.execute(seen, state.runner, rows, fresh.take(rows) if len(rows) else None)
-        if self.behaviour is Behaviour.TEACHER:
-            action = fresh.actions[:, 0]
-        labelled = LabelledLog(
-            **vars(log),
-            z=seen.visit.z,
-            z_pred=seen.visit.z_pred,
-            a_plan=seen.visit.planned,
-            a_teacher_mean=fresh.mean[:, 0],
-            a_teacher_std=fresh.std[:, 0],
-            a_teacher=fresh.actions[:, 0],
-            warm_start=seen.warm_start,
-            older_age=seen.visit.age,
-        )
-        return action, LabellerState(after, fresh.mean), labelled
 
 
 @dataclass(frozen=True, slots=True)

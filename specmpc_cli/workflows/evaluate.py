@@ -57,7 +57,7 @@ def measure_latency(bench: Workbench, way: Way, envs: VectorEnv, seed: int) -> n
 
 
 def make_row(way: Way, stats: list[EpisodeStats], baseline: list[EpisodeStats] | None, latency: np.ndarray, use_success: bool) -> Row:
-    """One row of a report (CONTRACTS: JSON). `baseline` None leaves the comparison empty."""
+    """One row of a report (docs/json.md). `baseline` None leaves the comparison empty."""
     returns = np.array([stat.episode_return for stat in stats])
     success = np.array([stat.success for stat in stats], dtype=float)
     score = success if use_success else returns
@@ -152,7 +152,7 @@ def _mean_or_none(values: np.ndarray) -> float | None:
 
 
 def make_report(bench: Workbench, seed: int, episodes: int, rows: list[Row]) -> Report:
-    """The document of `eval --json` and `compare --json` (CONTRACTS: JSON)."""
+    """The document of `eval --json` and `compare --json` (docs/json.md)."""
     runtime = bench.runtime
     return {
         "schema": REPORT_SCHEMA,

@@ -16,7 +16,7 @@ CHECK_STEPS = 20
 
 
 def list_tasks(suite: str | None, *, check: bool, on_task: Any = None) -> dict[str, Any]:
-    """The document of `tasks --json` (CONTRACTS: JSON).
+    """The document of `tasks --json` (docs/json.md).
 
     Args:
         check: builds and resets every installed task and takes 20 random steps.
