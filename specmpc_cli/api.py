@@ -9,12 +9,13 @@ The controller runs the same engine as the commands; it keeps one episode's stat
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from specmpc_cli.envs.registry import lookup
+from specmpc_cli.envs.registry import is_task, lookup
 from specmpc_cli.errors import ConfigError
 from specmpc_cli.runtime import Purpose, choose_runtime, stream_key
 from specmpc_cli.types import StepLog
@@ -60,11 +61,6 @@ class Controller:
         self._first = False
         return action[0].cpu().numpy()
 
-    def warm_up(self) -> None:
-        """Makes a plan and throws it away, so that no later step waits for compilation."""
-        if self.way.mode is not Mode.POLICY:
-            self.bench.warm_up()
-
 
 def load_controller(
     task_or_path: str | Path,
@@ -80,7 +76,7 @@ def load_controller(
     replan_above: float | None = None,
     seed: int = 0,
 ) -> Controller:
-    """A controller for your own loop.
+    """A controller for your own loop. Compiles the planner before it returns, so that no step waits for it.
 
     Args:
         task_or_path: a task's name (its teacher in the store, else the embedded one), or a store folder `<store>/<task>/<name>`.
@@ -92,12 +88,20 @@ def load_controller(
     Raises:
         SpecMPCError: the same errors as the commands, with their remedies.
     """
-    folder = Path(task_or_path)
-    if folder.is_dir() and (folder / "teacher").is_dir():
-        place = Store(folder.parent.parent, folder.parent.name, folder.name)
-    else:
-        place = Store(Path(store), str(task_or_path), name)
+    place = _place(task_or_path, Path(store), name)
     teacher = place.teacher()
     bench = Workbench(teacher, lookup(place.task).spec, config_of(teacher, [], []), choose_runtime(device, dtype))
     way = choose_way(place, bench, mode, horizon=horizon, arch=arch, accept_below=accept_below, replan_above=replan_above)
+    if way.mode is not Mode.POLICY:
+        problem = bench.warm_up()
+        if problem:
+            warnings.warn(problem, stacklevel=2)
     return Controller(bench, way, seed)
+
+
+def _place(task_or_path: str | Path, store: Path, name: str) -> Store:
+    """A task of `store`, or the task of a folder `<store>/<task>/<name>`."""
+    folder = Path(task_or_path).resolve()
+    if folder.is_dir() and is_task(folder.parent.name):
+        return Store(folder.parents[1], folder.parent.name, folder.name)
+    return Store(store, str(task_or_path), name)

@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import shutil
+import sysconfig
 import time
 from dataclasses import dataclass
 from enum import StrEnum
@@ -66,7 +67,8 @@ def choose_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
     """Resolves `--device` and `--dtype`.
 
     `auto` takes CUDA where there is one, and bf16 where the hardware multiplies it (CUDA; CPUs with AMX or AVX512-BF16), fp32 elsewhere:
-    emulated bf16 is several times slower than fp32. Compilation needs a C++ compiler and can be switched off with SPECMPC_COMPILE=0.
+    emulated bf16 is several times slower than fp32. Compilation needs a C++ compiler and Python's headers, and can be switched off with
+    SPECMPC_COMPILE=0.
 
     Raises:
         ConfigError: an unknown device or dtype, or CUDA asked for where there is none.
@@ -86,9 +88,9 @@ def choose_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
         case _:
             raise ConfigError(f"--dtype must be auto, bf16 or fp32, got {dtype!r}")
     compiled = os.environ.get("SPECMPC_COMPILE", "1") != "0"
-    if compiled and chosen.type == "cpu" and _cxx_compiler() is None:
+    if compiled and chosen.type == "cpu" and (missing := _missing_for_compilation()):
         compiled = False
-        notes.append("no C++ compiler found: planning runs eagerly, 2 to 3 times slower (install g++ to compile)")
+        notes.append(f"{missing}: planning runs eagerly, 2 to 3 times slower (on Debian: apt-get install g++ python3-dev)")
     if chosen.type == "cpu":
         _keep_freed_memory()
     return Runtime(chosen, resolved, compiled, torch.get_num_threads(), tuple(notes))
@@ -108,8 +110,13 @@ def _choose_device(device: str) -> torch.device:
     return chosen
 
 
-def _cxx_compiler() -> str | None:
-    return next((path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None)
+def _missing_for_compilation() -> str | None:
+    """What Inductor's C++ backend needs and this machine lacks; None if nothing is missing."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        return "no C++ compiler found"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "no Python headers found"
+    return None
 
 
 def _keep_freed_memory() -> None:

@@ -55,7 +55,13 @@ def test_a_reset_begins_an_episode_and_episodes_are_reproducible(store: Path) ->
 def test_a_path_names_a_teacher_of_any_store(store: Path) -> None:
     by_path = load_controller(store / "pointmass" / "main", mode="policy")
     assert run(by_path)[1] == [-1] * 9
-    by_path.warm_up()
+
+
+def test_a_folder_without_a_teacher_of_its_own_takes_the_embedded_one(tmp_path: Path) -> None:
+    folder = tmp_path / "walker-walk" / "main"
+    folder.mkdir(parents=True)
+    controller = load_controller(folder, mode="policy")
+    assert controller.bench.teacher.source == "embedded" and controller.act(np.zeros(24)).shape == (6,)
 
 
 def test_mistakes_are_answered_like_those_of_the_commands(store: Path, tmp_path: Path) -> None:

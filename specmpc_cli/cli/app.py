@@ -24,8 +24,13 @@ from specmpc_cli.cli.options import (
 from specmpc_cli.errors import ConfigError, GateFailed, SpecMPCError
 
 if TYPE_CHECKING:
+    from specmpc_cli.data.shards import Shard
+    from specmpc_cli.learning.corrector_fit import Epoch
     from specmpc_cli.workflows.acting import Workbench
     from specmpc_cli.workflows.store import FittedCorrector, Store
+
+
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # Typer exports no other name for it
 
 
 class _Group(TyperGroup):
@@ -37,6 +42,9 @@ class _Group(TyperGroup):
         except GateFailed as error:
             print_error(str(error))
             raise typer.Exit(3) from None
+        except _UsageError as error:
+            print_error(f"{error.format_message()} (see 'specmpc {ctx.invoked_subcommand or ''} --help')")  # type: ignore[attr-defined]
+            raise typer.Exit(2) from None
         except SpecMPCError as error:
             print_error(str(error))
             raise typer.Exit(2) from None
@@ -124,7 +132,8 @@ def collect(
     """Run the teacher and label every step with what a fresh plan would do."""
     from specmpc_cli.workflows.acting import check_archs
     from specmpc_cli.workflows.collect import collect as run
-    from specmpc_cli.workflows.fit_corrector import fitted_for_round
+    from specmpc_cli.workflows.fit_corrector import as_corrector
+    from specmpc_cli.workflows.fit_corrector import fit as fit_network
 
     out = _output(common)
     check_archs([arch])
@@ -137,9 +146,9 @@ def collect(
                 _compile(out, bench)
             progress.reset(bar, total=missing * bench.spec.decisions, description=f"round {round_}", state="env steps")
 
-        def fit(round_: int) -> "FittedCorrector":
+        def fit(shards: "list[Shard]") -> "FittedCorrector":
             progress.update(bar, state=f"fitting {arch}")
-            corrector = fitted_for_round(store, bench, arch, round_, seed=common.seed)
+            corrector = as_corrector(bench, fit_network(bench, arch, shards, seed=common.seed))
             progress.update(bar, state="env steps")
             return corrector
 
@@ -187,53 +196,52 @@ def fit_corrector(
     from specmpc_cli.cli.tables import fit_table
     from specmpc_cli.engine.correctors import CORRECTORS
     from specmpc_cli.workflows.acting import check_archs
-    from specmpc_cli.workflows.fit_corrector import fit_to_store
+    from specmpc_cli.workflows.fit_corrector import fit, measure_label_noise, save
 
     out = _output(common)
     archs = check_archs(arch or list(CORRECTORS))
     settings = [*(set_ or []), *([f"corrector.epochs={epochs}"] if epochs else [])]
     store, bench = _open(common, out, task, preset, settings)
-    folder, shards = store.newest_dataset(bench.teacher)
+    shards = store.newest_dataset(bench.teacher)
+    folder = shards[0].path.parent
     out.note(f"data: {folder} ({sum(shard.rows for shard in shards)} rows from {len(shards)} episodes)")
-    _compile(out, bench)
-    reports = []
+    fitted = []
     with out.progress() as progress:
         for name in archs:
             bar = progress.add_task(name, total=bench.config.corrector.epochs, state="")
-            report = fit_to_store(
-                store,
-                bench,
-                name,
-                seed=common.seed,
-                shards=shards,
-                noise=reports[0].label_noise if reports else None,
-                on_epoch=lambda line, bar=bar: progress.update(bar, completed=line.epoch, state=f"validation {line.validation_error:.4f}"),
-            )
-            reports.append(report)
-    out.table(fit_table(reports))
+
+            def show(line: "Epoch", bar: Any = bar) -> None:
+                progress.update(bar, completed=line.epoch, state=f"validation {line.validation_error:.4f}")
+
+            fitted.append(fit(bench, name, shards, seed=common.seed, on_epoch=show))
+            progress.stop_task(bar)
+    _compile(out, bench)
+    noise = measure_label_noise(bench, shards, seed=common.seed)
+    folders = [save(store, bench, network, noise) for network in fitted]
+    out.table(fit_table(fitted, noise))
     out.say(
-        f"label noise: two fresh plans of one state differ by {reports[0].label_noise:.4f}; "
-        f"a corrector that knew their mean would be left with half of it, {reports[0].label_noise / 2:.4f}"
+        f"label noise: two fresh plans of one state differ by {noise:.4f}; "
+        f"a corrector that knew their mean would be left with half of it, {noise / 2:.4f}"
     )
-    for report in reports:
-        out.say(f"{report.arch}: {report.path}")
+    for path in folders:
+        out.say(f"{path.name}: {path}")
     out.document(
         {
             "schema": 1,
             "task": store.task,
             "dataset": str(folder),
-            "label_noise": reports[0].label_noise,
+            "label_noise": noise,
             "correctors": [
                 {
-                    "arch": report.arch,
-                    "path": str(report.path),
-                    "parameters": report.parameters,
-                    "validation_error": report.fit.best.validation_error,
-                    "planned_error": report.fit.planned_error,
-                    "prior_error": report.fit.prior_error,
-                    "curve": [asdict(line) for line in report.fit.curve],
+                    "arch": one.network.arch,
+                    "path": str(path),
+                    "parameters": one.parameters,
+                    "validation_error": one.fit.best.validation_error,
+                    "planned_error": one.fit.planned_error,
+                    "prior_error": one.fit.prior_error,
+                    "curve": [asdict(line) for line in one.fit.curve],
                 }
-                for report in reports
+                for one, path in zip(fitted, folders, strict=True)
             ],
         }
     )
@@ -255,7 +263,7 @@ def eval_(
 ) -> None:
     """Run one way of acting."""
     from specmpc_cli.cli.tables import comparison_table
-    from specmpc_cli.workflows.acting import check_way, choose_way
+    from specmpc_cli.workflows.acting import Mode, check_way, choose_way
     from specmpc_cli.workflows.compare import evaluate_one
     from specmpc_cli.workflows.plots import row_label
 
@@ -266,7 +274,8 @@ def eval_(
     way = choose_way(store, bench, mode, **options)
     if way.corrector is not None:
         out.note(f"corrector: {way.corrector.arch} ({way.corrector.source})")
-    _compile(out, bench)
+    if way.mode is not Mode.POLICY:
+        _compile(out, bench)
     with out.progress() as progress:
         bar = progress.add_task(way.label, total=episodes * bench.spec.decisions, state="env steps")
         report = evaluate_one(
@@ -317,16 +326,19 @@ def compare(
             on_step=lambda _: progress.advance(bar),
             on_row=lambda row: progress.advance(overall),
         )
-    as_json, as_png = keep_results(store, report)
     out.table(comparison_table(report, row_label))
+    out.document(report)
     if detail:
         out.table(by_age_table(report, row_label))
     out.note("vs baseline: ratio of means, interval from a bootstrap over paired episodes; latency: one environment, warm-up left out")
+    as_json, as_png = keep_results(store, report)
     out.say(f"results: {as_json}")
     out.say(f"plot:    {as_png}")
-    out.document(report)
-    if requirements and not rows_meeting(report, requirements):
-        raise GateFailed(f"no row meets --require {require}")
+    if requirements:
+        meeting = rows_meeting(report, requirements)
+        if not meeting:
+            raise GateFailed(f"no row meets --require {require}")
+        out.note(f"--require is met by {', '.join(row_label(row) for row in meeting)}")
 
 
 # What the commands above share
@@ -402,7 +414,9 @@ def _compile(out: Output, bench: "Workbench") -> None:
         return
     out.note("preparing the planner; the first time on a machine this compiles it, about a minute")
     started = time.perf_counter()
-    bench.warm_up()
+    problem = bench.warm_up()
+    if problem:
+        out.note(f"note: {problem}")
     out.note(f"planner ready after {time.perf_counter() - started:.0f} s")
 
 

@@ -45,7 +45,7 @@ def by_age_table(report: dict[str, Any], label: Any) -> Table:
     return table
 
 
-def fit_table(reports: Sequence[Any]) -> Table:
+def fit_table(fitted: Sequence[Any], noise: float) -> Table:
     """Fitted correctors beside the errors to hold them against, and their learning curves."""
     title = "mean squared error per action dimension, on held-out episodes"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
@@ -53,18 +53,18 @@ def fit_table(reports: Sequence[Any]) -> Table:
     for name in ("validation", "train", "plan as it is", "policy prior", "label noise", "epochs", "rows", "parameters"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("validation by epoch", no_wrap=True)
-    for report in reports:
-        fit = report.fit
+    for one in fitted:
+        fit = one.fit
         table.add_row(
-            report.arch,
+            one.network.arch,
             f"{fit.best.validation_error:.4f}",
             f"{fit.best.train_error:.4f}",
             f"{fit.planned_error:.4f}",
             f"{fit.prior_error:.4f}",
-            f"{report.label_noise:.4f}",
+            f"{noise:.4f}",
             f"{fit.best.epoch} of {len(fit.curve)}",
             f"{fit.train_rows + fit.validation_rows}",
-            f"{report.parameters / 1e6:.2f} M",
+            f"{one.parameters / 1e6:.2f} M",
             sparkline([line.validation_error for line in fit.curve]),
         )
     return table
@@ -83,7 +83,7 @@ def tasks_table(tasks: Sequence[Row], checked: bool) -> Table:
         table.add_column("steps/s", justify="right")
     for task in tasks:
         teacher = task["teacher"]
-        known = "–" if teacher is None else f"{teacher['size']}M" + (f", {teacher['return']:.0f}" if teacher["return"] else "")
+        known = "–" if teacher is None else f"{teacher['size'] or '?'}M, {_number(teacher['return'])}"
         state = (
             "failed: " + task["error"] if task["ok"] is False else "ok" if task["ok"] else "ready" if task["installed"] else "not installed"
         )

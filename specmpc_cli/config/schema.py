@@ -64,6 +64,7 @@ class CorrectorConfig(Section):
     width: int = Field(default=256, ge=8, le=4096, multiple_of=4, description="features per layer")
     history: int = Field(default=8, ge=1, le=64, description="steps the temporal corrector looks back on")
     layers: int = Field(default=2, ge=1, le=16, description="Transformer layers of the temporal corrector")
+    dropout: float = Field(default=0.2, ge=0, lt=1, description="share of features dropped while fitting")
     epochs: int = Field(default=60, ge=1, le=10_000, description="most passes over the data")
     patience: int = Field(default=10, ge=1, description="epochs without a better validation error before stopping")
     batch_size: int = Field(default=256, ge=1, description="steps per update")

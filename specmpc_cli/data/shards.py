@@ -54,6 +54,7 @@ class Shard:
     teacher_sha256: str
     key: EpisodeKey
     rows: int
+    planner: dict[str, Any]  # settings of the planner that labelled it
 
 
 class ShardWriter:
@@ -73,7 +74,7 @@ class ShardWriter:
         path = self._folder / f"shard-{self._writer}-{self._count:05d}.h5"
         with replacing(path) as beside, h5py.File(beside, "w") as file:
             for name, values in columns.items():
-                file.create_dataset(name, data=values, dtype=np.float32, chunks=True, compression="lzf")
+                file.create_dataset(name, data=values, dtype=np.float32, chunks=True, compression="lzf", fletcher32=True)
             for name, value in self._facts.attributes().items():
                 file.attrs[name] = value
             file.attrs["seed"], file.attrs["round"], file.attrs["episode"] = self._seed, round_, episode
@@ -102,7 +103,8 @@ def _inspect(path: Path) -> Shard:
             if int(attrs["schema"]) != SCHEMA_VERSION:
                 raise DatasetError(f"{path} has schema {attrs['schema']}, this version reads {SCHEMA_VERSION}; collect again")
             key = (int(attrs["seed"]), int(attrs["round"]), int(attrs["episode"]))
-            return Shard(path, str(attrs["task"]), str(attrs["teacher_sha256"]), key, len(_column(file, "z")))
+            rows = len(_column(file, "z"))
+            return Shard(path, str(attrs["task"]), str(attrs["teacher_sha256"]), key, rows, json.loads(attrs["planner"]))
     except PermissionError:
         raise DatasetError(f"no permission to read {path}") from None
     except (OSError, RuntimeError):

@@ -22,6 +22,8 @@ CUDA_BATCH_SIZES = (1, 4, 16, 64)
 def compiled_kernels() -> Kernels:
     """The compiled kernels; compilation itself happens at their first call with a new shape."""
     use_compile_cache()
+    # Models of other sizes in one process are no reason to give up: each is compiled for its own shapes.
+    torch._dynamo.config.recompile_limit = 256
     return Kernels(
         torch.compile(prior_actions, fullgraph=True, dynamic=False),
         torch.compile(iterate, fullgraph=True, dynamic=False),

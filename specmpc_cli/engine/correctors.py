@@ -20,7 +20,7 @@ from specmpc_cli.types import Visit
 
 @dataclass(frozen=True, slots=True)
 class CorrectorDims:
-    """What fixes the shapes of a corrector's weights."""
+    """What a corrector's network is built from; all but `dropout` fix the shapes of its weights."""
 
     latent_dim: int
     action_dim: int
@@ -29,13 +29,14 @@ class CorrectorDims:
     layers: int = 2  # Transformer layers; the two-tower has one hidden layer per tower and two after the fusion
     heads: int = 4
     max_age: int = 32  # ages are embedded up to here; older plans share the last embedding
+    dropout: float = 0.2  # while fitting: without it the training error falls to a third of the validation error
 
 
 class _Normed(nn.Sequential):
-    """Linear → LayerNorm → Mish."""
+    """Linear → LayerNorm → Mish → dropout."""
 
-    def __init__(self, in_dim: int, out_dim: int) -> None:
-        super().__init__(nn.Linear(in_dim, out_dim), nn.LayerNorm(out_dim), nn.Mish())
+    def __init__(self, in_dim: int, out_dim: int, dropout: float) -> None:
+        super().__init__(nn.Linear(in_dim, out_dim), nn.LayerNorm(out_dim), nn.Mish(), nn.Dropout(dropout))
 
 
 class BaseCorrector(nn.Module, ABC):
@@ -51,8 +52,8 @@ class BaseCorrector(nn.Module, ABC):
         super().__init__()
         self.dims = dims
         self.age = nn.Embedding(dims.max_age, 16)
-        self.intent = _Normed(2 * dims.action_dim + 16, dims.width)  # planned action, policy prior, age
-        self.trunk = nn.Sequential(_Normed(dims.width, dims.width), _Normed(dims.width, dims.width))
+        self.intent = _Normed(2 * dims.action_dim + 16, dims.width, dims.dropout)  # planned action, policy prior, age
+        self.trunk = nn.Sequential(*(_Normed(dims.width, dims.width, dims.dropout) for _ in range(2)))
         self.head = nn.Linear(dims.width, 2 * dims.action_dim + 1)
         nn.init.zeros_(self.head.weight)
         with torch.no_grad():
@@ -84,9 +85,7 @@ class TwoTowerCorrector(BaseCorrector):
 
     def __init__(self, dims: CorrectorDims) -> None:
         super().__init__(dims)
-        self.real = _Normed(dims.latent_dim, dims.width)
-        self.predicted = _Normed(dims.latent_dim, dims.width)
-        self.difference = _Normed(dims.latent_dim, dims.width)
+        self.real, self.predicted, self.difference = (_Normed(dims.latent_dim, dims.width, dims.dropout) for _ in range(3))
         self.fusion = nn.Linear(4 * dims.width, 4 * dims.width)
 
     def features(self, visit: Visit, intent: Tensor) -> Tensor:
@@ -105,7 +104,7 @@ class TemporalTransformerCorrector(BaseCorrector):
         super().__init__(dims)
         self.embed = nn.Linear(3 * dims.latent_dim + dims.action_dim, dims.width)
         self.position = nn.Parameter(torch.zeros(dims.history, dims.width))
-        self.blocks = nn.ModuleList([_Block(dims.width, dims.heads) for _ in range(dims.layers)])
+        self.blocks = nn.ModuleList([_Block(dims.width, dims.heads, dims.dropout) for _ in range(dims.layers)])
         self.norm = nn.LayerNorm(dims.width)
         self.gate = nn.Linear(2 * dims.width, dims.width)
 
@@ -113,8 +112,9 @@ class TemporalTransformerCorrector(BaseCorrector):
         # A latent is a row of softmaxes and never zero, so a slot whose first entry sums to 0 is an empty one.
         filled = visit.history[..., : self.dims.latent_dim].sum(-1) > 0  # [B, W]
         x = self.embed(visit.history) + self.position  # [B, W, width]
-        for block in self.blocks:
-            x = block(x, filled)
+        for index, block in enumerate(self.blocks):
+            # Only the newest step's output is used, so the last layer computes no other.
+            x = block(x, filled, newest_only=index == len(self.blocks) - 1)
         seen = self.norm(x[:, -1])
         gate = torch.sigmoid(self.gate(torch.cat([seen, intent], dim=-1)))
         return gate * seen + (1 - gate) * intent
@@ -123,20 +123,24 @@ class TemporalTransformerCorrector(BaseCorrector):
 class _Block(nn.Module):
     """A pre-norm Transformer encoder layer that attends to filled slots only."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
+        self.dropout = nn.Dropout(dropout)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
-    def forward(self, x: Tensor, filled: Tensor) -> Tensor:
+    def forward(self, x: Tensor, filled: Tensor, newest_only: bool) -> Tensor:
+        """x [B, W, width], filled [B, W] → [B, W, width], or [B, 1, width] for the newest slot alone."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, W, d]
         # Every slot may look at itself, so that a row without any history has something to attend to.
-        mask = filled[:, None, None, :] | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        mask = filled[:, None, None, :] | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)  # [B, 1, W, W]
+        if newest_only:
+            x, q, mask = x[:, -1:], q[:, :, -1:], mask[:, :, -1:]
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.down(mish(self.up(self.norm2(x))))
+        x = x + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
+        return x + self.dropout(self.down(mish(self.up(self.norm2(x)))))
 
 
 CORRECTORS: dict[str, type[BaseCorrector]] = {c.arch: c for c in (TwoTowerCorrector, TemporalTransformerCorrector)}

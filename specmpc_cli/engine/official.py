@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 import warnings
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from specmpc_cli.errors import CheckpointError
 
 State = dict[str, Tensor]
 
-# Official prefix → ours. The longest prefix that fits wins; keys under no prefix carry no weights of their own.
+# Official prefix → ours. Keys under no prefix carry no weights of their own.
 _PREFIXES = {
     "_encoder.state.": "encoder.",
     "_dynamics.": "dynamics.",
@@ -33,6 +34,10 @@ _PREFIXES = {
     "_target_Qs.params.": "q_target.layers.",
     "_target_Qs_params.": "q_target.layers.",
 }
+# On files that are no checkpoints, or damaged ones, torch.load raises whatever its readers stumble over.
+_WHAT_TORCH_RAISES = (
+    RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error, NotImplementedError,
+)  # fmt: skip
 _COUNTED_PARTS = ("weight", "bias", "ln.weight", "ln.bias")
 
 
@@ -59,9 +64,12 @@ def load_official(path: Path, *, obs_dim: int, action_dim: int, member: int | No
     if not ours:
         raise CheckpointError(f"{path.name} holds no TD-MPC2 weights: none of its {len(state)} tensors has a known name")
     if embedding is not None and member is not None:
-        if member >= len(embedding):
+        if embedding.ndim != 2 or member >= len(embedding):
             raise CheckpointError(f"{path.name} was trained on {len(embedding)} tasks, the task set has more; try the other --task-set")
-        ours = _specialise(ours, embedding[member], obs_dim, action_dim)
+        try:
+            ours = _specialise(ours, embedding[member], obs_dim, action_dim)
+        except (KeyError, IndexError, RuntimeError):
+            raise CheckpointError(f"{path.name} is not a complete TD-MPC2 world model of several tasks") from None
     dims = infer_dims(ours, path.name)
     for what, have, want in (("observation", dims.obs_dim, obs_dim), ("action", dims.action_dim, action_dim)):
         if have != want:
@@ -87,12 +95,16 @@ def read_tensors(path: Path) -> State:
         raise CheckpointError(
             f"{path.name} is not a plain TD-MPC2 checkpoint: it is damaged or holds Python objects, which are never executed"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError):
+    except _WHAT_TORCH_RAISES:
         raise CheckpointError(f"{path.name} is not a PyTorch checkpoint, or it is truncated; download it again") from None
     state = payload.get("model", payload) if isinstance(payload, dict) else None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path.name} holds a {type(payload).__name__}; expected the dict of tensors that TD-MPC2 saves")
-    return {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    return {key: value for key, value in state.items() if isinstance(key, str) and _is_plain(value)}
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex()
 
 
 def load_weights(model: WorldModel, state: State, name: str) -> None:

@@ -136,6 +136,7 @@ class SpeculativeRunner:
             decision=seen.decision,
             reason=seen.reason,
             age=age,
+            met_age=seen.visit.age,
             mismatch=seen.mismatch,
             correction_norm=correction_norm,
             planner_iterations=(seen.decision == Decision.REPLAN) * self.planner.settings.iterations,
@@ -185,5 +186,5 @@ class PolicyActor:
         action = self.model.pi_mean(self.model.encode(obs))
         zero = torch.zeros_like(first, dtype=torch.int64)
         none = torch.full(first.shape, torch.nan, device=first.device)
-        log = StepLog(zero - 1, zero + int(ReplanReason.NONE), zero, none, torch.zeros_like(none), zero)
+        log = StepLog(zero - 1, zero + int(ReplanReason.NONE), zero, zero, none, torch.zeros_like(none), zero)
         return action, state, log

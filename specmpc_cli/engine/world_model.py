@@ -46,6 +46,11 @@ MODEL_SIZES: dict[int, dict[str, int]] = {
 }
 
 
+def model_size(dims: WorldModelDims) -> int | None:
+    """Millions of parameters by TD-MPC2's table; None for sizes outside it."""
+    return next((size for size, values in MODEL_SIZES.items() if all(getattr(dims, k) == v for k, v in values.items())), None)
+
+
 class QEnsemble(nn.Module):
     """`num_q` value heads with stacked weights: [z, a] → bin logits."""
 

@@ -104,6 +104,11 @@ TASK_SETS: dict[str, tuple[str, ...]] = {
 }
 
 
+def is_task(name: str) -> bool:
+    """Whether a task has this name."""
+    return name in TASKS or name in _BUILT_IN
+
+
 def lookup(task: str) -> TaskEntry:
     """The entry of a task name. Raises UnknownTask, with the nearest names."""
     entry = TASKS.get(task) or _BUILT_IN.get(task)

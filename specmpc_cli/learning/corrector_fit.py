@@ -1,4 +1,4 @@
-"""Distilling the planner: fits a corrector to what fresh plans would have done .
+"""Distilling the planner: fits a corrector to what fresh plans would have done.
 
 Loss: mean squared error of the corrected action to the fresh plan's weighted elite mean, plus a penalty on the correction's size. A second
 head learns the corrected action's own squared error. Episodes, not steps, are held out for validation.
@@ -6,6 +6,7 @@ head learns the corrected action's own squared error. Episodes, not steps, are h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -126,9 +127,8 @@ def fit_corrector(
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(corrector.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     batches = -(-len(train) // settings.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, settings.lr, total_steps=settings.epochs * batches, pct_start=0.1, cycle_momentum=False
-    )
+    steps = settings.epochs * batches
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _warm_up_then_cosine(step, steps))
     rows, held_out = torch.from_numpy(train), torch.from_numpy(validation).to(device)
     curve: list[Epoch] = []
     best, best_weights = None, {}
@@ -166,6 +166,12 @@ def fit_corrector(
     )
 
 
+def _warm_up_then_cosine(step: int, steps: int) -> float:
+    """Share of the peak learning rate: up over the first tenth, down to zero along half a cosine."""
+    warm_up = max(steps // 10, 1)
+    return min((step + 1) / warm_up, 1.0) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
+
+
 def _loss(corrector: BaseCorrector, table: TupleTable, rows: Tensor, delta_penalty: float) -> tuple[Tensor, Tensor]:
     visit = table.visit(rows)
     delta, expected = corrector(visit)
@@ -200,5 +206,6 @@ def label_noise(planner: Planner, z: Tensor, warm_start: Tensor, label: Tensor, 
         z, warm_start, label: of the states to plan again, [n, Z], [n, H, A], [n, A].
     """
     streams = torch.full((len(z),), 2**62 + seed, dtype=torch.int64)  # no episode's stream: those are hashes
-    again = planner(z, warm_start, streams, torch.arange(len(z)))
+    # Copies, because the compiler tells tensors made outside inference mode from those made inside.
+    again = planner(z.clone(), warm_start.clone(), streams, torch.arange(len(z)))
     return float((again.mean[:, 0] - label).square().mean())

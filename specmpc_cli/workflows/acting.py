@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from specmpc_cli.config.schema import Config, PlannerConfig
 from specmpc_cli.engine.batched_planner import BatchedPlanner
@@ -56,14 +57,14 @@ class Way:
             parts.append(f"({self.corrector.arch})")
         return " ".join(parts)
 
-    def gate_rule(self) -> GateRule:
-        """The gate of this way; meaningless for policy."""
+    def gate_rule(self, metric: str) -> GateRule:
+        """The gate of this way; `metric` where no corrector brings its own. Meaningless for policy."""
         if self.rule is not None:
             return self.rule
         assert self.horizon is not None
         if self.corrector is not None:
             return self.corrector.rule(self.horizon)
-        return GateRule(self.horizon, accept_below=math.inf)
+        return GateRule(self.horizon, accept_below=math.inf, metric=metric)
 
 
 def planner_settings(config: PlannerConfig, spec: EnvSpec) -> PlannerSettings:
@@ -87,12 +88,16 @@ class Workbench:
         self.teacher, self.spec, self.config, self.runtime = teacher, spec, config, runtime
         self.model = teacher.model.to(runtime.device)
         self.warm = False  # whether the planner has planned, and so is compiled
-        self.planner = BatchedPlanner(
+        self.planner = self.planner_for(config.planner)
+
+    def planner_for(self, config: PlannerConfig) -> BatchedPlanner:
+        """A planner of this teacher with these settings."""
+        return BatchedPlanner(
             self.model,
-            planner_settings(config.planner, spec),
-            dtype=runtime.dtype,
-            kernels=kernels_for(runtime),
-            batch_sizes=batch_sizes_for(runtime),
+            planner_settings(config, self.spec),
+            dtype=self.runtime.dtype,
+            kernels=kernels_for(self.runtime),
+            batch_sizes=batch_sizes_for(self.runtime),
         )
 
     def actor(self, way: Way) -> Actor[Any]:
@@ -107,22 +112,39 @@ class Workbench:
         return SpeculativeRunner(
             self.model,
             self.planner,
-            way.gate_rule(),
+            way.gate_rule(self.config.speculation.metric),
             corrector.network.to(self.runtime.device) if corrector else None,
             tail=self.config.speculation.tail,
             history=corrector.network.dims.history if corrector else DEFAULT_HISTORY,
         )
 
-    def warm_up(self) -> None:
-        """Makes one plan per batch size, which compiles what will be compiled."""
+    def warm_up(self) -> str | None:
+        """Makes one plan per batch size, which compiles what will be compiled.
+
+        Returns:
+            What went wrong, if compiling failed on this machine; planning is eager from then on.
+        """
+        if self.warm:
+            return None
         self.warm = True
+        try:
+            self._plan_once()
+        except (TorchDynamoException, RuntimeError, OSError) as error:
+            if not self.runtime.compiled:
+                raise
+            self.runtime = replace(self.runtime, compiled=False)
+            self.planner = self.planner_for(self.config.planner)
+            return f"the planner could not be compiled and runs eagerly, 2 to 3 times slower: {str(error).strip().splitlines()[0]}"
+        return None
+
+    @torch.inference_mode()
+    def _plan_once(self) -> None:
         d, device = self.model.dims, self.runtime.device
-        with torch.inference_mode():
-            for rows in batch_sizes_for(self.runtime):
-                z = self.model.encode(torch.zeros(rows, d.obs_dim, device=device))
-                warm_start = torch.zeros(rows, self.planner.settings.horizon, d.action_dim, device=device)
-                index = torch.zeros(rows, dtype=torch.int64, device=device)
-                self.planner(z, warm_start, index, index)
+        for rows in batch_sizes_for(self.runtime):
+            z = self.model.encode(torch.zeros(rows, d.obs_dim, device=device))
+            warm_start = torch.zeros(rows, self.planner.settings.horizon, d.action_dim, device=device)
+            index = torch.zeros(rows, dtype=torch.int64, device=device)
+            self.planner(z, warm_start, index, index)
 
 
 def choose_way(
@@ -192,7 +214,7 @@ def adaptive_way(corrector: FittedCorrector, config: Config, accept_below: float
         ConfigError: neither a calibrated gate nor both thresholds, or thresholds in the wrong order.
     """
     rule = corrector.rule(config.speculation.max_age)
-    if accept_below is None and replan_above is None and not corrector.calibrated:
+    if not corrector.calibrated and (accept_below is None or replan_above is None):
         raise ConfigError(
             f"adaptive mode needs a gate, and the {corrector.arch} corrector in {corrector.path} carries no calibrated one; "
             "give thresholds with --accept-below and --replan-above"

@@ -1,4 +1,4 @@
-"""Collecting: runs episodes and labels every step with what a fresh plan would do there .
+"""Collecting: runs episodes and labels every step with what a fresh plan would do there.
 
 Round 1 mixes the teacher itself, with a shadow plan ageing beside it, and the naive runner. From round 2 on the current corrector acts, so
 that later correctors learn from the states that correctors lead to (DAgger, Ross et al., 2011).
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from specmpc_cli.data.shards import DatasetFacts, ShardWriter, read_shards, write_index
+from specmpc_cli.data.shards import DatasetFacts, Shard, ShardWriter, read_shards, write_index
 from specmpc_cli.data.tuples import Behaviour, TupleDims, stack_rows
 from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.errors import ConfigError
@@ -90,7 +90,7 @@ def collect(
     episodes: int,
     rounds: int,
     seed: int,
-    fit: Callable[[int], FittedCorrector],
+    fit: Callable[[list[Shard]], FittedCorrector],
     num_envs: int = 1,
     on_step: Callable[[], None] | None = None,
     on_round: Callable[[int, int], None] | None = None,
@@ -98,7 +98,7 @@ def collect(
     """Brings the dataset to `episodes` episodes in each of `rounds` rounds; what is already there is kept.
 
     Args:
-        fit: called before each round r ≥ 2 that lacks episodes; fits the corrector that acts in it to the rounds before r.
+        fit: makes the corrector that acts in a round r ≥ 2 from the shards of the rounds before it; called if the round lacks episodes.
         on_step: after each env step; on_round: (round, episodes to run in it) before each round.
 
     Raises:
@@ -117,7 +117,8 @@ def collect(
     new = 0
     try:
         for round_ in range(1, rounds + 1):
-            present = {shard.key for shard in read_shards(folder)}
+            shards = read_shards(folder)
+            present = {shard.key for shard in shards}
             missing = [
                 item
                 for item in plan_round(round_, episodes, bench.config.collect.horizons, bench.config.collect.teacher_share)
@@ -127,7 +128,7 @@ def collect(
                 on_round(round_, len(missing))
             if not missing:
                 continue
-            corrector = fit(round_) if round_ > 1 else None
+            corrector = fit([shard for shard in shards if shard.key[1] < round_]) if round_ > 1 else None
             for recorded in _run_round(bench, envs, missing, seed, corrector, writer, on_step):
                 returns[f"round {round_}, {recorded.behaviour.name.lower()} {recorded.horizon}"].append(recorded.episode_return)
                 new += 1
@@ -203,9 +204,9 @@ class _Recorder:
         assert isinstance(log, LabelledLog)
         if transition.step == 0:
             return
-        tensors = ("z", "z_pred", "a_plan", "a_teacher_mean", "a_teacher_std", "a_teacher", "warm_start", "mismatch", "older_age")
+        tensors = ("z", "z_pred", "a_plan", "a_teacher_mean", "a_teacher_std", "a_teacher", "warm_start", "mismatch", "met_age")
         row: dict[str, np.ndarray | float] = {name: getattr(log, name).numpy() for name in tensors}
-        row["age"] = row.pop("older_age")
+        row["age"] = row.pop("met_age")
         self._rows[item.index].append(
             row
             | {

@@ -89,7 +89,9 @@ def evaluate_one(
 
 def keep_results(store: Store, report: Report) -> tuple[Path, Path]:
     """Writes the report and its plot into the store's results; → their paths."""
-    stem = store.results_folder() / f"compare-{report['date']}"
+    folder, name = store.results_folder(), f"compare-{report['date']}"
+    earlier = len(list(folder.glob(f"{name}*.json")))  # of the same second
+    stem = folder / (f"{name}-{earlier + 1}" if earlier else name)
     as_json, as_png = stem.with_suffix(".json"), stem.with_suffix(".png")
     write_whole(as_json, json.dumps(report, indent=1) + "\n")
     plot_front(report, as_png)

@@ -129,20 +129,25 @@ def _by_age(way: Way, stats: list[EpisodeStats]) -> list[Row]:
     """Reward, mismatch and correction by the age of the plan the action came from; empty for policy."""
     if way.mode is Mode.POLICY:
         return []
-    ages = np.array([age for stat in stats for age in stat.ages])
-    columns = {
-        "reward_mean": np.array([reward for stat in stats for reward in stat.rewards]),
-        "mismatch_mean": np.array([mismatch for stat in stats for mismatch in stat.mismatches]),
-        "correction_norm_mean": np.array([norm for stat in stats for norm in stat.correction_norms]),
-    }
+
+    def flat(name: str) -> np.ndarray:
+        return np.array([value for stat in stats for value in getattr(stat, name)])
+
+    ages, met_ages, mismatches = flat("ages"), flat("met_ages"), flat("mismatches")
+    rewards, norms, corrected = flat("rewards"), flat("correction_norms"), flat("decisions") == Decision.CORRECT
     rows = []
     for age in np.unique(ages):
         at = ages == age
-        means = {name: _mean_or_none(values[at]) for name, values in columns.items()}
-        # At age 0 the plan was made at this very step: there is no older prediction of its own to compare with.
-        if age == 0:
-            means["mismatch_mean"] = None
-        rows.append({"age": int(age), "count": int(at.sum()), **means})
+        rows.append(
+            {
+                "age": int(age),
+                "count": int(at.sum()),
+                "reward_mean": float(rewards[at].mean()),
+                # Over all steps that a plan of this age met, those that then replanned included. At age 0 no prediction is met.
+                "mismatch_mean": _mean_or_none(mismatches[met_ages == age]) if age else None,
+                "correction_norm_mean": _mean_or_none(norms[at & corrected]) or 0.0,
+            }
+        )
     return rows
 
 
@@ -164,6 +169,7 @@ def make_report(bench: Workbench, seed: int, episodes: int, rows: list[Row]) -> 
         "compiled": runtime.compiled,
         "seed": seed,
         "episodes": episodes,
+        "config": bench.config.model_dump(mode="json", include={"planner", "speculation"}),
         "versions": versions(),
         "commit": commit(),
         "date": timestamp(),

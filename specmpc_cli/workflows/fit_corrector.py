@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from specmpc_cli.config.schema import CorrectorConfig
+from specmpc_cli.config.schema import CorrectorConfig, PlannerConfig
 from specmpc_cli.data.shards import Shard, read_columns
-from specmpc_cli.engine.correctors import CorrectorDims, build_corrector
+from specmpc_cli.engine.correctors import BaseCorrector, CorrectorDims, build_corrector
 from specmpc_cli.errors import DatasetError
 from specmpc_cli.learning.corrector_fit import (
     Epoch,
@@ -31,78 +32,64 @@ NOISE_SAMPLE = 48  # states planned again to measure the label's noise
 
 
 @dataclass(frozen=True, slots=True)
-class CorrectorReport:
-    """One fitted corrector and what to hold its error against."""
+class Fitted:
+    """A fitted corrector and what to hold its error against."""
 
-    arch: str
-    path: Path
-    dataset: Path
+    network: BaseCorrector
     fit: FitReport
-    label_noise: float
-    parameters: int
+    shards: list[Shard]
+    seed: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.network.parameters())
 
 
-def fit_to_store(
-    store: Store,
-    bench: Workbench,
-    arch: str,
-    *,
-    seed: int,
-    shards: Sequence[Shard] | None = None,
-    noise: float | None = None,
-    on_epoch: Callable[[Epoch], None] | None = None,
-) -> CorrectorReport:
-    """Fits one architecture to the newest dataset of the teacher, or to these shards of it, and saves it in the store.
-
-    Args:
-        noise: the label noise, where it is known already; else it is measured by planning some states again.
+def fit(bench: Workbench, arch: str, shards: Sequence[Shard], *, seed: int, on_epoch: Callable[[Epoch], None] | None = None) -> Fitted:
+    """Fits one architecture to these shards; nothing is saved.
 
     Raises:
-        DatasetError: no data, data of another teacher or latent size, or too few episodes.
+        DatasetError: no data, data of another latent size, or too few episodes.
     """
-    folder, all_shards = store.newest_dataset(bench.teacher)
-    shards = list(shards if shards is not None else all_shards)
     columns, group = load_tuples(shards, bench)
-    config = bench.config.corrector
-    dims = bench.model.dims
+    config, dims = bench.config.corrector, bench.model.dims
     torch.manual_seed(seed)
-    network = build_corrector(arch, CorrectorDims(dims.latent_dim, dims.action_dim, config.width, config.history, config.layers)).to(
-        bench.runtime.device
-    )
+    network = build_corrector(
+        arch, CorrectorDims(dims.latent_dim, dims.action_dim, config.width, config.history, config.layers, dropout=config.dropout)
+    ).to(bench.runtime.device)
     table = TupleTable(columns, group, bench.model, config.history)
     train, validation = split_by_episode(group, config.validation_share, seed)
     report = fit_corrector(network, table, train, validation, _settings(config), seed=seed, on_epoch=on_epoch)
-    if noise is None:
-        noise = measure_label_noise(bench, columns, seed=seed)
-    provenance = {
-        "arch": arch,
-        "dataset": folder.name,
-        "episodes": len(shards),
-        "rows": len(group),
+    return Fitted(network, report, list(shards), seed)
+
+
+def default_gate(bench: Workbench) -> dict[str, Any]:
+    """The gate of a corrector that is not calibrated: always correct, never fall back."""
+    return {"metric": bench.config.speculation.metric, "accept_below": -math.inf, "replan_above": math.inf, "calibrated": False}
+
+
+def as_corrector(bench: Workbench, fitted: Fitted) -> FittedCorrector:
+    """A corrector to act with that lies in no store: collection's own, between two rounds."""
+    folder = fitted.shards[0].path.parent
+    return FittedCorrector(fitted.network, bench.teacher.sha256, default_gate(bench), "memory", folder)
+
+
+def save(store: Store, bench: Workbench, fitted: Fitted, noise: float) -> Path:
+    """Puts a fitted corrector into the store, with the data and settings that made it; → its folder."""
+    origin = {
+        "made_by": "specmpc fit-corrector",
+        "dataset": fitted.shards[0].path.parent.name,
+        "episodes": len(fitted.shards),
+        "rows": sum(shard.rows for shard in fitted.shards),
         "teacher_sha256": bench.teacher.sha256,
-        "seed": seed,
+        "seed": fitted.seed,
         "date": timestamp(),
         "versions": versions(),
         "label_noise": round(noise, 6),
-        "validation_error": round(report.best.validation_error, 6),
+        "validation_error": round(fitted.fit.best.validation_error, 6),
     }
-    gate = {"metric": bench.config.speculation.metric, "accept_below": -math.inf, "replan_above": math.inf, "calibrated": False}
-    path = store.save_corrector(
-        network,
-        bench.teacher,
-        gate,
-        {"corrector": config.model_dump(mode="json"), "origin": provenance},
-        [asdict(line) for line in report.curve],
-    )
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    return CorrectorReport(arch, path, folder, report, noise, parameters)
-
-
-def fitted_for_round(store: Store, bench: Workbench, arch: str, round_: int, *, seed: int) -> FittedCorrector:
-    """Fits on the rounds before `round_` and returns the corrector that acts in it."""
-    _, shards = store.newest_dataset(bench.teacher)
-    fit_to_store(store, bench, arch, seed=seed, shards=[shard for shard in shards if shard.key[1] < round_], noise=math.nan)
-    return store.corrector(bench.teacher, arch)
+    config = {"corrector": bench.config.corrector.model_dump(), "origin": origin}
+    return store.save_corrector(fitted.network, bench.teacher, default_gate(bench), config, [asdict(line) for line in fitted.fit.curve])
 
 
 def load_tuples(shards: Sequence[Shard], bench: Workbench) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -118,13 +105,14 @@ def load_tuples(shards: Sequence[Shard], bench: Workbench) -> tuple[dict[str, np
     return columns, np.repeat(np.arange(len(shards)), [shard.rows for shard in shards])
 
 
-def measure_label_noise(bench: Workbench, columns: dict[str, np.ndarray], *, seed: int) -> float:
-    """Mean squared difference of two labels of one state, over a sample of the dataset."""
+def measure_label_noise(bench: Workbench, shards: Sequence[Shard], *, seed: int) -> float:
+    """Mean squared difference of two labels of one state, over a sample of the shards, with the planner that labelled them."""
+    columns, _ = load_tuples(shards, bench)
     rows = np.random.default_rng(seed).choice(len(columns["z"]), min(NOISE_SAMPLE, len(columns["z"])), replace=False)
     z, warm_start, label = (
         torch.from_numpy(columns[name][rows]).to(bench.runtime.device) for name in ("z", "warm_start", "a_teacher_mean")
     )
-    return label_noise(bench.planner, z, warm_start, label, seed=seed)
+    return label_noise(bench.planner_for(PlannerConfig(**shards[0].planner)), z, warm_start, label, seed=seed)
 
 
 def _settings(config: CorrectorConfig) -> FitSettings:

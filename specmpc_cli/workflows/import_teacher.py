@@ -9,6 +9,7 @@ from pathlib import Path
 from specmpc_cli.config.schema import PlannerConfig
 from specmpc_cli.engine.checkpoint import weights_sha256
 from specmpc_cli.engine.official import load_official
+from specmpc_cli.engine.world_model import model_size
 from specmpc_cli.envs.registry import TASK_SETS, lookup
 from specmpc_cli.errors import ConfigError
 from specmpc_cli.versions import versions
@@ -51,6 +52,7 @@ def import_teacher(store: Store, file: Path, *, task_set: str | None = None) -> 
         "file_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "task_set": task_set,
         "task": store.task,
+        "size": model_size(model.dims),
         "date": timestamp(),
         "versions": versions(),
     }

@@ -1,4 +1,4 @@
-"""Acting while labelling: an actor that plans at every step, for the label, whatever it then executes ."""
+"""Acting while labelling: an actor that plans at every step, for the label, whatever it then executes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ class LabelledLog(StepLog):
     a_teacher_std: Tensor
     a_teacher: Tensor
     warm_start: Tensor
-    older_age: Tensor  # of the plan that predicted this step; the log's `age` is that of the plan that acted
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,5 @@ class Labeller:
             a_teacher_std=fresh.std[:, 0],
             a_teacher=fresh.actions[:, 0],
             warm_start=seen.warm_start,
-            older_age=seen.visit.age,
         )
         return action, LabellerState(after, fresh.mean), labelled

@@ -1,7 +1,7 @@
 """The store: where teachers, correctors, data and results lie, and what is taken when nothing is named.
 
-Layout (docs/store.md): <store>/<task>/<name>/{teacher,correctors/<arch>,data/<dataset>,results}. The embedded zoo has the same layout, less
-<name>, and is only read.
+Layout: <store>/<task>/<name>/{teacher,correctors/<arch>,data/<dataset>,results} (docs/architecture.md). The embedded zoo has the same
+layout, less <name>, and is only read.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Store:
     @property
     def used_before(self) -> bool:
         """Whether this store knows a task used last."""
-        return self._memory.exists()
+        return _exists(self._memory)
 
     def _last_task(self) -> str | None:
         try:
@@ -114,7 +114,7 @@ class Store:
     def teacher(self) -> Teacher:
         """The store's teacher, else the embedded one. Raises CheckpointError naming the commands that make one."""
         for source, folder in (("store", self.folder / "teacher"), ("embedded", zoo_root() / self.task / "teacher")):
-            if (folder / "model.safetensors").exists():
+            if _exists(folder / "model.safetensors"):
                 model, sha256 = load_world_model(folder / "model.safetensors")
                 return Teacher(model, sha256, source, folder, read_yaml(folder / "config.yaml"))
         raise CheckpointError(
@@ -158,7 +158,7 @@ class Store:
     def _corrector(self, arch: str, source: str) -> FittedCorrector | None:
         root = self.folder if source == "store" else zoo_root() / self.task
         path = root / "correctors" / arch / "model.safetensors"
-        if not path.exists():
+        if not _exists(path):
             return None
         network, metadata = load_corrector(path)
         return FittedCorrector(network, metadata["teacher_sha256"], metadata["gate"], source, path.parent)
@@ -183,14 +183,14 @@ class Store:
     def dataset_folder(self, dataset: str) -> Path:
         return self.folder / "data" / dataset
 
-    def newest_dataset(self, teacher: Teacher) -> tuple[Path, list[Shard]]:
-        """The newest dataset of this teacher. Raises DatasetError if there is none, or only others' data."""
+    def newest_dataset(self, teacher: Teacher) -> list[Shard]:
+        """The shards of the newest dataset of this teacher. Raises DatasetError if there is none, or only others' data."""
         folders = [folder for folder in (self.folder / "data").glob("*") if folder.is_dir()]
         others = 0
         for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True):
             shards = read_shards(folder)
             if shards and {shard.teacher_sha256 for shard in shards} == {teacher.sha256}:
-                return folder, shards
+                return shards
             others += bool(shards)
         what = "only data of other teachers" if others else "no data"
         raise DatasetError(f"there is {what} for {self.task} in {self.folder}; make some with 'specmpc collect --task {self.task}'")
@@ -199,6 +199,13 @@ class Store:
 
     def results_folder(self) -> Path:
         return self.folder / "results"
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise StoreError(f"cannot read {path.parent}: {error.strerror}; choose another --store") from None
 
 
 def config_of(teacher: Teacher, presets: list[str], settings: list[str]) -> Config:

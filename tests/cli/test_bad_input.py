@@ -144,6 +144,11 @@ def test_checkpoints_that_do_not_fit_leave_the_store_as_it_was(with_teacher: Com
         (("collect", "--device", "cuda:7"), "CUDA devices; use --device cpu"),
         (("compare", "--dtype", "fp8"), "--dtype must be auto, bf16 or fp32"),
         (("tasks", "--suite", "atari"), "--suite must be one of dmcontrol"),
+        (("compare", "--episodes", "0"), "--episodes"),
+        (("collect", "--episodes", "many"), "'many'"),
+        (("import",), "Missing argument 'file'"),
+        (("compare", "--horizon", "3"), "No such option"),
+        (("comprae",), "No such command"),
     ],
 )
 def test_options_are_checked_before_anything_runs(with_teacher: Command, arguments: tuple[str, ...], message: str) -> None:
@@ -169,6 +174,18 @@ def test_a_store_without_write_permission_is_refused_before_anything_runs(
             assert "choose another --store" in with_teacher.fails(name, "--task", "pointmass", "--name", "other")
         finally:
             with_teacher.store.chmod(0o700)
+
+
+def test_a_store_that_cannot_be_read(with_teacher: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    exists = Path.exists
+
+    def refuse(path: Path, **options: bool) -> bool:
+        if path.name == "model.safetensors":
+            raise PermissionError(13, "Permission denied")
+        return exists(path, **options)
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert "Permission denied; choose another --store" in with_teacher.fails("compare")
 
 
 def test_a_store_whose_memory_is_damaged(with_teacher: Command) -> None:

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -20,7 +21,10 @@ ROW = {
     "planner_iterations_per_episode", "calls_saved", "accept_rate", "correct_rate", "replan_rate", "fallback_rate",
     "correction_norm_mean", "step_ms_p50", "step_ms_p99", "control_hz", "steps_per_plan_hist", "by_age", "episodes",
 }  # fmt: skip
-REPORT = {"schema", "task", "teacher", "device", "dtype", "threads", "compiled", "seed", "episodes", "versions", "commit", "date", "rows"}
+REPORT = {
+    "schema", "task", "teacher", "device", "dtype", "threads", "compiled", "seed", "episodes", "config", "versions", "commit", "date",
+    "rows",
+}  # fmt: skip
 
 
 def test_the_store_holds_what_the_contract_says(pipeline: Command) -> None:
@@ -81,6 +85,42 @@ def test_the_teachers_own_behaviour_is_labelled_with_a_shadow_plan(with_teacher:
         assert (index["behaviour"][:] == 0).all()
         np.testing.assert_allclose(index["a_exec"][:], index["a_teacher"][:], atol=1e-6)  # it acts with fresh plans throughout
         assert not np.allclose(index["a_plan"][:], index["a_teacher"][:])
+
+
+def test_a_round_learns_from_the_data_it_continues_and_leaves_the_stores_corrector_alone(
+    with_teacher: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from specmpc_cli.workflows import fit_corrector
+
+    learnt_from: list[set[tuple[str, int]]] = []
+    fit = fit_corrector.fit
+
+    def spy(bench: object, arch: str, shards: list, **options: object) -> object:
+        learnt_from.append({(shard.path.parent.name, shard.key[1]) for shard in shards})
+        return fit(bench, arch, shards, **options)  # type: ignore[arg-type]
+
+    first = Path(with_teacher("collect", "--episodes", "2", "--json").document["dataset"])
+    assert with_teacher("fit-corrector").code == 0
+    weights = with_teacher.store / "pointmass/main/correctors/two-tower/model.safetensors"
+    before = weights.read_bytes()
+    other = Path(with_teacher("collect", "--episodes", "2", "--set", "planner.iterations=3", "--json").document["dataset"])
+    monkeypatch.setattr(fit_corrector, "fit", spy)
+    assert with_teacher("collect", "--episodes", "2", "--rounds", "2").code == 0
+    assert first != other and learnt_from == [{(first.name, 1)}]
+    assert weights.read_bytes() == before
+
+
+def test_data_of_other_planner_settings_can_be_fitted_with_the_teachers_defaults(with_teacher: Command) -> None:
+    """The label noise must be measured with the planner that made the labels; its horizon shapes the warm starts."""
+    with_teacher("collect", "--episodes", "2", "--set", "planner.horizon=5")
+    result = with_teacher("fit-corrector", "--arch", "two-tower", "--json")
+    assert result.code == 0 and result.document["label_noise"] > 0
+
+
+def test_the_metric_is_the_one_that_was_set(with_teacher: Command) -> None:
+    folder = Path(with_teacher("collect", "--episodes", "1", "--set", "speculation.metric=l1", "--json").document["dataset"])
+    with h5py.File(folder / "index.h5") as index:
+        np.testing.assert_allclose(index["mismatch"][:], np.abs(index["z"][:] - index["z_pred"][:]).sum(1), atol=1e-4)
 
 
 def test_compare_lists_the_rows_in_order_and_keeps_its_results(pipeline: Command) -> None:
@@ -163,7 +203,8 @@ def test_the_table_names_every_way_in_full_and_the_detail_every_age(pipeline: Co
 
 def test_requirements_decide_the_exit_code(pipeline: Command) -> None:
     arguments = ("compare", "--episodes", "1", "--horizons", "3")
-    assert pipeline(*arguments, "--require", "calls_saved>=0.6,control_hz>0").code == 0
+    met = pipeline(*arguments, "--require", "calls_saved>=0.6,calls_saved<1,control_hz>0")
+    assert met.code == 0 and "is met by naive 3, corrected 3 (two-tower)" in met.err
     missed = pipeline(*arguments, "--require", "calls_saved>=0.6,return_mean>1e9")
     assert missed.code == 3 and "no row meets" in missed.err and "naive 3" in missed.out
 
@@ -224,8 +265,13 @@ def test_a_task_that_fails_its_check_is_reported_beside_the_others(command: Comm
 
 
 def test_version_and_help_answer_quickly() -> None:
-    run = subprocess.run([sys.executable, "-m", "specmpc_cli", "--version"], capture_output=True, text=True, check=True)
-    assert re.fullmatch(r"specmpc \d+\.\d+\.\d+\s*", run.stdout)
+    seconds = []
+    for option, expected in (("--version", r"specmpc \d+\.\d+\.\d+\s*"), *[("--help", r".*fit-corrector.*")] * 5):
+        started = time.perf_counter()
+        run = subprocess.run([sys.executable, "-m", "specmpc_cli", option], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - started)
+        assert re.fullmatch(expected, run.stdout, re.DOTALL)
+    assert min(seconds) < 0.7, seconds
 
 
 def test_numbers_are_finite_or_null(pipeline: Command) -> None:

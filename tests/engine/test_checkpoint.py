@@ -109,6 +109,32 @@ def test_incomplete_and_foreign_checkpoints_are_refused(tmp_path: Path, kind: st
         load_official(tmp_path / "x.pt", obs_dim=4, action_dim=2)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"_task_emb.weight": torch.zeros(5)},
+        {"_pi.2.bias": torch.zeros(4).to_sparse()},
+        {"_pi.2.bias": torch.zeros(4, dtype=torch.complex64)},
+        {"_pi.2.bias": "a string"},
+        {7: torch.zeros(4)},
+    ],
+)
+def test_odd_entries_are_ignored_or_refused_but_never_crash(tmp_path: Path, change: dict) -> None:
+    torch.save({"model": official_state(make_model()) | change}, tmp_path / "x.pt")
+    for member in (None, 0):
+        try:
+            load_official(tmp_path / "x.pt", obs_dim=4, action_dim=2, member=member)
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+
+
+def test_a_partial_multi_task_checkpoint_is_refused(tmp_path: Path) -> None:
+    state = {"_task_emb.weight": torch.zeros(3, 8), "_encoder.state.0.weight": torch.zeros(8, 12)}
+    torch.save({"model": state}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="not a complete"):
+        load_official(tmp_path / "x.pt", obs_dim=4, action_dim=2, member=0)
+
+
 def test_dimensions_must_fit_the_task(tmp_path: Path) -> None:
     torch.save({"model": official_state(make_model())}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="expects 4 observation dimensions and the task has 24"):
@@ -126,7 +152,7 @@ def test_task_sets_are_asked_for_and_refused_where_they_do_not_belong() -> None:
         load_official(DATA / "vectors" / "multitask.pt", obs_dim=39, action_dim=6, member=7)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip", b"task,loss\n1,2\n", bytes(range(256)) * 9])
 def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(CheckpointError):

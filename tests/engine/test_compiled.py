@@ -42,6 +42,19 @@ def test_without_a_compiler_planning_is_eager_with_one_note(monkeypatch: pytest.
     assert kernels_for(chosen) is EAGER
 
 
+@pytest.mark.parametrize("lacking", ["g++", "Python.h"])
+def test_clang_alone_or_missing_headers_are_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lacking: str) -> None:
+    monkeypatch.setenv("SPECMPC_COMPILE", "1")
+    monkeypatch.delenv("CXX", raising=False)
+    if lacking == "g++":
+        monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/clang++" if name == "clang++" else None)
+    else:
+        monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+        monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    chosen = runtime.choose_runtime("cpu", "fp32")
+    assert not chosen.compiled and len(chosen.notes) == 1
+
+
 def test_auto_takes_bf16_only_where_the_hardware_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for amx, avx, expected in ((False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)

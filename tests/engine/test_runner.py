@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from specmpc_cli.engine.batched_planner import BatchedPlanner
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import PlannerSettings, plan
 from specmpc_cli.engine.runner import PolicyActor, SpeculativeRunner
-from specmpc_cli.types import Decision, ReplanReason, RunnerState, StepLog
+from specmpc_cli.types import Decision, ReplanReason, Rows, RunnerState, StepLog
 from tests.conftest import make_model
 from tests.fakes import ConstantCorrector, CountingModel, ScriptedPlanner
 
@@ -138,6 +139,46 @@ def test_one_rows_reset_leaves_the_others_alone() -> None:
             assert int(before.reason[row]) == int(after.reason[row])
     assert [int(log.age[1]) for log in restarted] == [0, 1, 0, 1, 2, 3, 0]
     assert [int(log.reason[1]) for log in restarted] == [1, 0, 1, 0, 0, 0, 2]
+
+
+def test_beginning_an_episode_changes_no_other_row_in_any_field() -> None:
+    drive = Drive(naive(4)[0], rows=3)
+    for _ in range(3):
+        drive.step()
+    before = drive.state
+    drive.restart(1)
+    others = torch.tensor([0, 2])
+    for old, new in zip(flat(before.take(others)), flat(drive.state.take(others)), strict=True):
+        assert torch.equal(old, new)
+    mine = drive.state.take(torch.tensor([1]))
+    assert int(mine.age) == int(mine.step) == 0 and int(mine.stream) == 77 and (mine.history == 0).all() and (mine.plan.mean == 0).all()
+
+
+def flat(record: Rows) -> list[Tensor]:
+    """The tensors of a record and of the records in it."""
+    values = [getattr(record, field.name) for field in fields(record)]
+    return [tensor for value in values for tensor in (flat(value) if isinstance(value, Rows) else [value])]
+
+
+def test_with_the_real_planner_one_rows_reset_changes_no_other_rows_actions() -> None:
+    model = make_model()
+
+    def run(restart: bool) -> Tensor:
+        runner = SpeculativeRunner(model, BatchedPlanner(model, SMALL), GateRule(3, accept_below=NAIVE))
+        state = runner.begin(runner.initial_state(3), torch.arange(3), torch.arange(3))
+        actions = []
+        for step, obs in enumerate(observations(7, 3)):
+            first = torch.full((3,), step == 0)
+            if restart and step == 2:
+                first[1] = True
+                state = runner.begin(state, torch.tensor([1]), torch.tensor([77]))
+            action, state, _ = runner.act(obs, state, first)
+            actions.append(action)
+        return torch.stack(actions)
+
+    plain, restarted = run(False), run(True)
+    assert torch.equal(plain[:, [0, 2]], restarted[:, [0, 2]])
+    assert not torch.equal(plain[2:, 1], restarted[2:, 1])
 
 
 def test_the_history_holds_the_last_steps_and_forgets_at_a_reset() -> None:

@@ -87,6 +87,16 @@ def test_stops_early_and_keeps_the_best_weights() -> None:
     assert float(error) == pytest.approx(report.best.validation_error, rel=1e-4)
 
 
+@pytest.mark.parametrize(("epochs", "batch_size"), [(1, 1000), (10, 1000), (1, 4), (5, 8)])
+def test_few_steps_are_enough_to_fit(epochs: int, batch_size: int) -> None:
+    """Ten steps in all once divided by zero in the learning rate's schedule."""
+    group = np.repeat(np.arange(5), 10)
+    table = TupleTable(columns(50), group, make_model(), history=3)
+    settings = FitSettings(epochs, 99, batch_size, lr=1e-3, weight_decay=0.0, delta_penalty=0.0)
+    corrector = build_corrector("two-tower", CorrectorDims(16, 2, 32, 3))
+    assert len(fit_corrector(corrector, table, *split_by_episode(group, 0.2, seed=0), settings, seed=0).curve) == epochs
+
+
 def test_labels_that_are_not_numbers_stop_the_fit() -> None:
     group = np.repeat(np.arange(4), 5)
     table = TupleTable(columns(20, label="nan"), group, make_model(), history=3)

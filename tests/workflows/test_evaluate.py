@@ -24,13 +24,14 @@ def episode(index: int, rewards: list[float], decisions: list[int], *, success: 
     stats = EpisodeStats(Episode(Purpose.COMPARE, 0, index), success=success)
     age = 0
     for step, (reward, decision) in enumerate(zip(rewards, decisions, strict=True)):
+        stats.met_ages.append(age + 1 if step else 0)
         age = 0 if decision == R else age + 1
         reason = ReplanReason.NONE if decision != R else ReplanReason.MISMATCH if step else ReplanReason.FIRST
         stats.rewards.append(reward)
         stats.decisions.append(decision)
         stats.reasons.append(reason)
         stats.ages.append(age)
-        stats.mismatches.append(math.nan if step == 0 else 0.1 * step)
+        stats.mismatches.append(math.nan if step == 0 else 0.1 * step + index)
         stats.correction_norms.append(0.5 if decision == C else 0.0)
         stats.planner_iterations.append(6 if decision == R else 0)
     return stats
@@ -51,8 +52,11 @@ def test_a_rows_numbers() -> None:
     assert (row["step_ms_p50"], row["control_hz"]) == (50.5, pytest.approx(1000 / 50.5))
     ages = {line["age"]: line for line in row["by_age"]}
     assert {age: line["count"] for age, line in ages.items()} == {0: 3, 1: 2, 2: 2, 3: 1}
-    assert ages[1]["reward_mean"] == 3.5 and ages[1]["mismatch_mean"] == pytest.approx(0.1)
+    assert ages[1]["reward_mean"] == 3.5 and ages[1]["mismatch_mean"] == pytest.approx(0.1 + 0.5)
     assert ages[0]["mismatch_mean"] is None
+    # the step that fell back counts at the age at which its plan met it: leaving it out would hide the worst
+    assert ages[3]["mismatch_mean"] == pytest.approx(0.3 + 0.5) and ages[3]["count"] == 1
+    assert ages[2]["correction_norm_mean"] == 0.5 and ages[3]["correction_norm_mean"] == 0
 
 
 def test_tasks_with_success_are_compared_by_success() -> None:
