@@ -145,7 +145,7 @@ def test_checkpoints_that_do_not_fit_leave_the_store_as_it_was(with_teacher: Com
         (("compare", "--dtype", "fp8"), "--dtype must be auto, bf16 or fp32"),
         (("tasks", "--suite", "atari"), "--suite must be one of dmcontrol"),
         (("compare", "--episodes", "0"), "--episodes"),
-        (("collect", "--episodes", "many"), "'many'"),
+        (("collect", "--episodes", "many"), "valid integer"),
         (("import",), "Missing argument 'file'"),
         (("compare", "--horizon", "3"), "No such option"),
         (("comprae",), "No such command"),
