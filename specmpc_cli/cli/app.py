@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from specmpc_cli import __version__
-from specmpc_cli.cli.console import Output, print_error
+from specmpc_cli.cli.console import print_error
 from specmpc_cli.cli.options import (
     AcceptBelowOption,
     ArchOption,
@@ -21,13 +21,13 @@ from specmpc_cli.cli.options import (
     TaskOption,
     common_options,
 )
+from specmpc_cli.cli.session import envs_for, matching_correctors, open_store, output_for, parse_horizons, prepare_planner
 from specmpc_cli.errors import ConfigError, GateFailed, SpecMPCError
 
 if TYPE_CHECKING:
     from specmpc_cli.data.shards import Shard
     from specmpc_cli.learning.corrector_fit import Epoch
-    from specmpc_cli.workflows.acting import Workbench
-    from specmpc_cli.workflows.store import FittedCorrector, Store
+    from specmpc_cli.workflows.store import FittedCorrector
 
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # Typer exports no other name for it
@@ -87,7 +87,7 @@ def tasks(
     from specmpc_cli.cli.tables import tasks_table
     from specmpc_cli.workflows.list_tasks import list_tasks
 
-    out = _output(common)
+    out = output_for(common)
     with out.progress() as progress:
         bar = progress.add_task("tasks", total=None, state="", visible=check)
         report = list_tasks(suite, check=check, on_task=lambda task: progress.update(bar, advance=1, state=task))
@@ -110,7 +110,7 @@ def import_(
     from specmpc_cli.workflows.import_teacher import import_teacher
     from specmpc_cli.workflows.store import Store
 
-    out = _output(common)
+    out = output_for(common)
     store = Store(common.store, task, common.name)
     report = import_teacher(store, file, task_set=task_set)
     store.claim()
@@ -135,15 +135,15 @@ def collect(
     from specmpc_cli.workflows.fit_corrector import as_corrector
     from specmpc_cli.workflows.fit_corrector import fit as fit_network
 
-    out = _output(common)
+    out = output_for(common)
     check_archs([arch])
-    store, bench = _open(common, out, task, preset, set_)
+    store, bench = open_store(common, out, task, preset, set_)
     with out.progress() as progress:
         bar = progress.add_task("round 1", total=None, state="")
 
         def begin_round(round_: int, missing: int) -> None:
             if missing:
-                _compile(out, bench)
+                prepare_planner(out, bench)
             progress.reset(bar, total=missing * bench.spec.decisions, description=f"round {round_}", state="env steps")
 
         def fit(shards: "list[Shard]") -> "FittedCorrector":
@@ -198,10 +198,10 @@ def fit_corrector(
     from specmpc_cli.workflows.acting import check_archs
     from specmpc_cli.workflows.fit_corrector import fit, measure_label_noise, save
 
-    out = _output(common)
-    archs = check_archs(arch or list(CORRECTORS))
+    out = output_for(common)
+    archs = check_archs(list(dict.fromkeys(arch or CORRECTORS)))
     settings = [*(set_ or []), *([f"corrector.epochs={epochs}"] if epochs else [])]
-    store, bench = _open(common, out, task, preset, settings)
+    store, bench = open_store(common, out, task, preset, settings)
     shards = store.newest_dataset(bench.teacher)
     folder = shards[0].path.parent
     out.note(f"data: {folder} ({sum(shard.rows for shard in shards)} rows from {len(shards)} episodes)")
@@ -215,7 +215,7 @@ def fit_corrector(
 
             fitted.append(fit(bench, name, shards, seed=common.seed, on_epoch=show))
             progress.stop_task(bar)
-    _compile(out, bench)
+    prepare_planner(out, bench)
     noise = measure_label_noise(bench, shards, seed=common.seed)
     folders = [save(store, bench, network, noise) for network in fitted]
     out.table(fit_table(fitted, noise))
@@ -267,19 +267,19 @@ def eval_(
     from specmpc_cli.workflows.compare import evaluate_one
     from specmpc_cli.workflows.plots import row_label
 
-    out = _output(common)
+    out = output_for(common)
     options = {"horizon": horizon, "arch": arch, "accept_below": accept_below, "replan_above": replan_above}
     check_way(mode, **options)
-    store, bench = _open(common, out, task, preset, set_)
+    store, bench = open_store(common, out, task, preset, set_)
     way = choose_way(store, bench, mode, **options)
     if way.corrector is not None:
         out.note(f"corrector: {way.corrector.arch} ({way.corrector.source})")
     if way.mode is not Mode.POLICY:
-        _compile(out, bench)
+        prepare_planner(out, bench)
     with out.progress() as progress:
         bar = progress.add_task(way.label, total=episodes * bench.spec.decisions, state="env steps")
         report = evaluate_one(
-            bench, way, episodes=episodes, seed=common.seed, num_envs=_num_envs(episodes), on_step=lambda _: progress.advance(bar)
+            bench, way, episodes=episodes, seed=common.seed, num_envs=envs_for(episodes), on_step=lambda _: progress.advance(bar)
         )
     out.table(comparison_table(report, row_label))
     out.document(report)
@@ -305,13 +305,13 @@ def compare(
     from specmpc_cli.workflows.compare import keep_results, parse_requirements, rows_meeting, ways_of
     from specmpc_cli.workflows.plots import row_label
 
-    out = _output(common)
+    out = output_for(common)
     requirements = parse_requirements(require) if require else []
-    steps = _parse_horizons(horizons)
+    steps = parse_horizons(horizons)
     archs = check_archs(arch) if arch else None
-    store, bench = _open(common, out, task, preset, set_)
-    ways = ways_of(bench, steps, _correctors(out, store, bench, archs))
-    _compile(out, bench)
+    store, bench = open_store(common, out, task, preset, set_)
+    ways = ways_of(bench, steps, matching_correctors(out, store, bench, archs))
+    prepare_planner(out, bench)
     with out.progress() as progress:
         total = episodes * bench.spec.decisions
         overall = progress.add_task("ways of acting", total=len(ways), state="")
@@ -321,7 +321,7 @@ def compare(
             ways,
             episodes=episodes,
             seed=common.seed,
-            num_envs=_num_envs(episodes),
+            num_envs=envs_for(episodes),
             on_way=lambda _, way: progress.reset(bar, total=total, description=way.label),
             on_step=lambda _: progress.advance(bar),
             on_row=lambda row: progress.advance(overall),
@@ -339,85 +339,6 @@ def compare(
         if not meeting:
             raise GateFailed(f"no row meets --require {require}")
         out.note(f"--require is met by {', '.join(row_label(row) for row in meeting)}")
-
-
-# What the commands above share
-
-
-def _output(common: Common) -> Output:
-    return Output(as_json=common.json, quiet=common.quiet)
-
-
-def _open(
-    common: Common, out: Output, task: str | None, preset: list[str] | None, settings: list[str] | None
-) -> tuple["Store", "Workbench"]:
-    """The store and a workbench for its teacher; says what it took."""
-    from specmpc_cli.envs.registry import lookup
-    from specmpc_cli.runtime import choose_runtime
-    from specmpc_cli.workflows.acting import Workbench
-    from specmpc_cli.workflows.store import Store, config_of
-
-    store = Store(common.store, task, common.name)
-    teacher = store.teacher()
-    config = config_of(teacher, preset or [], settings or [])
-    runtime = choose_runtime(common.device, common.dtype)
-    bench = Workbench(teacher, lookup(store.task).spec, config, runtime)
-    how = "named" if task else "used last" if store.used_before else "default"
-    store.claim()
-    compiled = "compiled" if runtime.compiled else "eager"
-    out.note(
-        f"task: {store.task} ({how}) · teacher: {teacher.source} {teacher.sha256[:8]} · "
-        f"{runtime.device}, {runtime.dtype_name}, {compiled}, {runtime.threads} threads"
-    )
-    for note in runtime.notes:
-        out.note(f"note: {note}")
-    return store, bench
-
-
-def _correctors(out: Output, store: "Store", bench: "Workbench", archs: list[str] | None) -> list["FittedCorrector"]:
-    """The correctors that match the teacher, all or those named; says what it took and what it left out."""
-    if archs:
-        found = [store.corrector(bench.teacher, arch) for arch in dict.fromkeys(archs)]
-    else:
-        found, notes = store.correctors(bench.teacher)
-        for note in notes:
-            out.note(f"note: {note}; left out")
-    if found:
-        out.note("correctors: " + ", ".join(f"{corrector.arch} ({corrector.source})" for corrector in found))
-    else:
-        out.note(
-            "note: no corrector of this teacher, so there are no corrected rows; 'specmpc collect' and 'specmpc fit-corrector' make one"
-        )
-    return found
-
-
-def _parse_horizons(text: str) -> list[int]:
-    try:
-        horizons = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--horizons takes whole numbers separated by commas, such as 1,3,6; got {text!r}") from None
-    if not all(1 <= horizon <= 1000 for horizon in horizons):
-        raise ConfigError(f"--horizons must lie in 1..1000, got {text!r}")
-    return horizons
-
-
-def _num_envs(episodes: int) -> int:
-    """Environments stepped side by side."""
-    return min(episodes, 10)
-
-
-def _compile(out: Output, bench: "Workbench") -> None:
-    """Makes the first plan, which compiles the planner, and says so."""
-    import time
-
-    if not bench.runtime.compiled or bench.warm:
-        return
-    out.note("preparing the planner; the first time on a machine this compiles it, about a minute")
-    started = time.perf_counter()
-    problem = bench.warm_up()
-    if problem:
-        out.note(f"note: {problem}")
-    out.note(f"planner ready after {time.perf_counter() - started:.0f} s")
 
 
 main: Callable[[], None] = app

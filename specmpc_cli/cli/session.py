@@ -1,0 +1,86 @@
+"""What the commands share: opening the store, saying what was taken, preparing the planner. Loads no torch when imported."""
+
+import time
+from typing import TYPE_CHECKING
+
+from specmpc_cli.cli.console import Output
+from specmpc_cli.cli.options import Common
+from specmpc_cli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from specmpc_cli.workflows.acting import Workbench
+    from specmpc_cli.workflows.store import FittedCorrector, Store
+
+
+def output_for(common: Common) -> Output:
+    return Output(as_json=common.json, quiet=common.quiet)
+
+
+def open_store(
+    common: Common, out: Output, task: str | None, preset: list[str] | None, settings: list[str] | None
+) -> tuple["Store", "Workbench"]:
+    """The store and a workbench for its teacher; says what it took."""
+    from specmpc_cli.envs.registry import lookup
+    from specmpc_cli.runtime import choose_runtime
+    from specmpc_cli.workflows.acting import Workbench
+    from specmpc_cli.workflows.store import Store, config_of
+
+    store = Store(common.store, task, common.name)
+    teacher = store.teacher()
+    config = config_of(teacher, preset or [], settings or [])
+    runtime = choose_runtime(common.device, common.dtype)
+    bench = Workbench(teacher, lookup(store.task).spec, config, runtime)
+    how = "named" if task else "used last" if store.used_before else "default"
+    store.claim()
+    compiled = "compiled" if runtime.compiled else "eager"
+    out.note(
+        f"task: {store.task} ({how}) · teacher: {teacher.source} {teacher.sha256[:8]} · "
+        f"{runtime.device}, {runtime.dtype_name}, {compiled}, {runtime.threads} threads"
+    )
+    for note in runtime.notes:
+        out.note(f"note: {note}")
+    return store, bench
+
+
+def matching_correctors(out: Output, store: "Store", bench: "Workbench", archs: list[str] | None) -> list["FittedCorrector"]:
+    """The correctors that match the teacher, all or those named; says what it took and what it left out."""
+    if archs:
+        found = [store.corrector(bench.teacher, arch) for arch in dict.fromkeys(archs)]
+    else:
+        found, notes = store.correctors(bench.teacher)
+        for note in notes:
+            out.note(f"note: {note}; left out")
+    if found:
+        out.note("correctors: " + ", ".join(f"{corrector.arch} ({corrector.source})" for corrector in found))
+    else:
+        out.note(
+            "note: no corrector of this teacher, so there are no corrected rows; 'specmpc collect' and 'specmpc fit-corrector' make one"
+        )
+    return found
+
+
+def parse_horizons(text: str) -> list[int]:
+    try:
+        horizons = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--horizons takes whole numbers separated by commas, such as 1,3,6; got {text!r}") from None
+    if not all(1 <= horizon <= 1000 for horizon in horizons):
+        raise ConfigError(f"--horizons must lie in 1..1000, got {text!r}")
+    return horizons
+
+
+def envs_for(episodes: int) -> int:
+    """Environments stepped side by side."""
+    return min(episodes, 10)
+
+
+def prepare_planner(out: Output, bench: "Workbench") -> None:
+    """Makes the first plan, which compiles the planner, and says so."""
+    if not bench.runtime.compiled or bench.warm:
+        return
+    out.note("preparing the planner; the first time on a machine this compiles it, about a minute")
+    started = time.perf_counter()
+    problem = bench.warm_up()
+    if problem:
+        out.note(f"note: {problem}")
+    out.note(f"planner ready after {time.perf_counter() - started:.0f} s")
