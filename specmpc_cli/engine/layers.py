@@ -55,8 +55,17 @@ class NormedLinear(Linear):
         self.ln = nn.LayerNorm(out_dim)
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.ln(super().forward(x)))
+    def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
+        """x [..., N, I] → [..., N, out].
+
+        `shared` [..., 1, S] holds leading input features that all N rows have in common; their part of the product is computed once.
+        """
+        if shared is None:
+            return self.activation(self.ln(super().forward(x)))
+        dtype, width = self.weight.dtype, shared.shape[-1]
+        common = F.linear(shared.to(dtype), self.weight[:, :width], self.bias).float()
+        own = F.linear(x.to(dtype), self.weight[:, width:]).float()
+        return self.activation(self.ln(common + own))
 
 
 def mlp(in_dim: int, hidden: Sequence[int], out_dim: int, last: Activation | None = None) -> nn.Sequential:

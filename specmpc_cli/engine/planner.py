@@ -146,7 +146,7 @@ def iterate(
 
 def estimate_value(model: WorldModel, z: Tensor, actions: Tensor, terminal_eps: Tensor, q_index: Tensor, discount: float) -> Tensor:
     """Discounted model return of action sequences [B, N, H, A] from z [B, Z], the Q-ensemble's value at the end; → [B, N]."""
-    z = z.unsqueeze(1).expand(-1, actions.shape[1], -1)
+    z = z.unsqueeze(1)  # [B, 1, Z]: at first all candidates share it
     value = torch.zeros_like(actions[..., 0, 0])
     ended = torch.zeros_like(value)
     weight = 1.0

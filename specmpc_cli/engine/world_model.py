@@ -102,12 +102,12 @@ class WorldModel(nn.Module):
         return self.encoder(obs)
 
     def next(self, z: Tensor, a: Tensor) -> Tensor:
-        """Latent and action → predicted next latent [..., Z]."""
-        return self.dynamics(torch.cat([z, a], dim=-1))
+        """Latent and action → predicted next latent [..., Z]. One z [..., 1, Z] may serve many actions [..., N, A]."""
+        return _on_pairs(self.dynamics, z, a)
 
     def reward(self, z: Tensor, a: Tensor) -> Tensor:
-        """Expected reward of one env step, [...]."""
-        return self.decode(self.reward_net(torch.cat([z, a], dim=-1)))
+        """Expected reward of one env step, [...]. One z [..., 1, Z] may serve many actions [..., N, A]."""
+        return self.decode(_on_pairs(self.reward_net, z, a))
 
     def terminates(self, z: Tensor) -> Tensor:
         """1.0 where the model says that the episode ended at z, else 0.0, [...]. All 0 without a termination head."""
@@ -153,3 +153,14 @@ class WorldModel(nn.Module):
                 module.weight.data = module.weight.data.to(dtype)
                 module.bias.data = module.bias.data.to(dtype)
         return twin
+
+
+def _on_pairs(net: nn.Sequential, z: Tensor, a: Tensor) -> Tensor:
+    """net([z, a]); where one z serves many actions, its part of the first layer is computed once."""
+    if z.shape[:-1] == a.shape[:-1]:
+        return net(torch.cat([z, a], dim=-1))
+    first, *rest = net
+    x = first(a, shared=z)
+    for layer in rest:
+        x = layer(x)
+    return x

@@ -18,7 +18,7 @@ from specmpc_cli.workflows.statistics import cvar05, mean_ci95, ratio, ratio_ci9
 from specmpc_cli.workflows.store import timestamp
 
 REPORT_SCHEMA = 1
-LATENCY_STEPS, LATENCY_WARM_UP = 100, 10  # env steps timed per way, and steps before them that are not
+LATENCY_STEPS, LATENCY_WARM_UP = 60, 6  # env steps timed per way, and steps before them that are not
 
 Report = dict[str, Any]
 Row = dict[str, Any]
