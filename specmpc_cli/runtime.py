@@ -90,7 +90,7 @@ def choose_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
     compiled = os.environ.get("SPECMPC_COMPILE", "1") != "0"
     if compiled and chosen.type == "cpu" and (missing := _missing_for_compilation()):
         compiled = False
-        notes.append(f"{missing}: planning runs eagerly, 2 to 3 times slower (on Debian: apt-get install g++ python3-dev)")
+        notes.append(f"{missing}: planning runs eagerly, about half as fast (on Debian: apt-get install g++ python3-dev)")
     if chosen.type == "cpu":
         _keep_freed_memory()
     return Runtime(chosen, resolved, compiled, torch.get_num_threads(), tuple(notes))

@@ -134,7 +134,7 @@ class Workbench:
                 raise
             self.runtime = replace(self.runtime, compiled=False)
             self.planner = self.planner_for(self.config.planner)
-            return f"the planner could not be compiled and runs eagerly, 2 to 3 times slower: {str(error).strip().splitlines()[0]}"
+            return f"the planner could not be compiled and runs eagerly, about half as fast: {str(error).strip().splitlines()[0]}"
         return None
 
     @torch.inference_mode()
