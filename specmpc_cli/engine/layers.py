@@ -77,7 +77,7 @@ def mlp(in_dim: int, hidden: Sequence[int], out_dim: int, last: Activation | Non
 
 
 class LinearEnsemble(nn.Module):
-    """`num_heads` affine maps with stacked weights [E, out, in]; the first `normed` layers carry LayerNorm and Mish."""
+    """`num_heads` affine maps with stacked weights [E, out, in], followed by LayerNorm and Mish if `normed`."""
 
     def __init__(self, num_heads: int, in_dim: int, out_dim: int, normed: bool) -> None:
         super().__init__()

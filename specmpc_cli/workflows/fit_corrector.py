@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from specmpc_cli.config.schema import CorrectorConfig, PlannerConfig
+from specmpc_cli.config.schema import PlannerConfig
 from specmpc_cli.data.shards import Shard, read_columns
 from specmpc_cli.engine.correctors import BaseCorrector, CorrectorDims, build_corrector
 from specmpc_cli.errors import DatasetError
@@ -59,7 +59,8 @@ def fit(bench: Workbench, arch: str, shards: Sequence[Shard], *, seed: int, on_e
     ).to(bench.runtime.device)
     table = TupleTable(columns, group, bench.model, config.history)
     train, validation = split_by_episode(group, config.validation_share, seed)
-    report = fit_corrector(network, table, train, validation, _settings(config), seed=seed, on_epoch=on_epoch)
+    settings = FitSettings(**config.model_dump(include={field.name for field in fields(FitSettings)}))
+    report = fit_corrector(network, table, train, validation, settings, seed=seed, on_epoch=on_epoch)
     return Fitted(network, report, list(shards), seed)
 
 
@@ -113,14 +114,3 @@ def measure_label_noise(bench: Workbench, shards: Sequence[Shard], *, seed: int)
         torch.from_numpy(columns[name][rows]).to(bench.runtime.device) for name in ("z", "warm_start", "a_teacher_mean")
     )
     return label_noise(bench.planner_for(PlannerConfig(**shards[0].planner)), z, warm_start, label, seed=seed)
-
-
-def _settings(config: CorrectorConfig) -> FitSettings:
-    return FitSettings(
-        epochs=config.epochs,
-        patience=config.patience,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        delta_penalty=config.delta_penalty,
-    )
