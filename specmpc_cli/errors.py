@@ -25,6 +25,10 @@ class DatasetError(SpecMPCError):
     """A dataset that is missing, foreign, damaged or of another teacher."""
 
 
+class TrainingDiverged(SpecMPCError):
+    """Losses, gradients or actions of a training that are not finite."""
+
+
 class StoreError(SpecMPCError):
     """The store cannot be read or written."""
 

@@ -33,11 +33,15 @@ class Purpose(StrEnum):
 
 
 def env_seed(purpose: Purpose, seed: int, episode: int) -> int:
-    """Environment seed of an episode: base[purpose] + seed·10⁴ + episode, below 2³². Raises ConfigError outside the disjoint ranges."""
+    """Environment seed of an episode: base[purpose] + seed·10⁴ + episode, below 2³². Raises ConfigError outside the disjoint ranges.
+
+    Only a long training runs more than 10⁴ episodes; it goes on into the numbers of the next seeds' trainings, never into another purpose's.
+    """
     if not 0 <= seed < SEEDS:
         raise ConfigError(f"--seed must lie in 0..{SEEDS - 1}, got {seed}")
-    if not 0 <= episode < EPISODES_PER_SEED:
-        raise ConfigError(f"at most {EPISODES_PER_SEED} episodes run under one seed, got episode {episode}; use another --seed")
+    within = EPISODES_PER_SEED * (SEEDS - seed if purpose is Purpose.TRAIN else 1)
+    if not 0 <= episode < within:
+        raise ConfigError(f"at most {within} episodes run under one seed, got episode {episode}; use another --seed")
     base = list(Purpose).index(purpose) * SEEDS * EPISODES_PER_SEED
     return base + seed * EPISODES_PER_SEED + episode
 

@@ -18,10 +18,14 @@ from torch import Tensor
 from specmpc_cli.engine.official import load_official
 from specmpc_cli.engine.planner import PlannerNoise, PlannerSettings, Search, plan
 from specmpc_cli.engine.world_model import WorldModel
+from specmpc_cli.learning.learner import Learner, LearnerSettings
+from specmpc_cli.learning.losses import Batch, LossSettings, UpdateNoise
+from specmpc_cli.runtime import choose_runtime
 
 VECTORS = Path(os.environ.get("SPECMPC_VECTORS") or Path(__file__).parent / "data" / "vectors")
+UPDATES = sorted(path.name.removesuffix(".update.npz") for path in VECTORS.glob("*.update.npz"))
 CHECKPOINTS = sorted(path for path in VECTORS.glob("*.pt") if "after2updates" not in path.name)
-FORWARD, PLAN = 1e-5, 1e-4  # tolerances
+FORWARD, PLAN, UPDATE = 1e-5, 1e-4, 1e-4  # tolerances
 
 
 class Case:
@@ -103,3 +107,31 @@ def test_whole_plans(case: Case, kind: str) -> None:
     torch.testing.assert_close(values, case.get(f"plan_{kind}_values"), rtol=PLAN, atol=PLAN)
     torch.testing.assert_close(made.mean[0], case.action(f"plan_{kind}_mean"), rtol=0, atol=PLAN)
     torch.testing.assert_close(made.actions[0, 0], case.action(f"plan_{kind}_action"), rtol=0, atol=PLAN)
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_two_updates(name: str) -> None:
+    config: dict[str, Any] = json.loads((VECTORS / f"{name}.json").read_text())
+    if config["multitask"]:
+        pytest.skip("updates of several tasks at once need multi-task training, which is not there yet")
+    values = np.load(VECTORS / f"{name}.update.npz")
+
+    def get(key: str) -> Tensor:
+        return torch.from_numpy(values[key])
+
+    sizes = {"obs_dim": config["obs_dim"], "action_dim": config["action_dim"]}
+    model = load_official(VECTORS / f"{name}.pt", **sizes)
+    names = ("discount", "rho", "consistency_coef", "reward_coef", "value_coef", "termination_coef", "entropy_coef", "tau")
+    settings = LearnerSettings(lr=config["lr"], enc_lr_scale=config["enc_lr_scale"], grad_clip_norm=config["grad_clip_norm"], dropout=0.0)
+    learner = Learner(model, LossSettings(**{name: config[name] for name in names}), settings, choose_runtime("cpu", "fp32"), seed=0)
+    learner.scale.fill_(float(get("scale_before")))
+    batch = Batch(get("batch_obs"), get("batch_action"), get("batch_reward").squeeze(-1), get("batch_terminated").squeeze(-1))
+    for step in range(2):
+        draws = ("td_eps", "td_q_index", "pi_eps", "pi_q_index")
+        info = learner.step(batch, UpdateNoise(*(get(f"step{step}_draw_{draw}") for draw in draws)))
+        for key, value in info._asdict().items():
+            torch.testing.assert_close(value, get(f"step{step}_info_{key}"), rtol=UPDATE, atol=UPDATE, msg=f"update {step}: {key}")
+    torch.testing.assert_close(learner.scale, get("scale_after").squeeze(), rtol=UPDATE, atol=UPDATE)
+    after = load_official(VECTORS / f"{name}.after2updates.pt", **sizes).state_dict()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, after[key], rtol=UPDATE, atol=UPDATE, msg=key)

@@ -21,7 +21,7 @@ from specmpc_cli.cli.options import (
     TaskOption,
     common_options,
 )
-from specmpc_cli.cli.session import envs_for, matching_correctors, open_store, output_for, parse_horizons, prepare_planner
+from specmpc_cli.cli.session import describe, envs_for, matching_correctors, open_store, output_for, parse_horizons, prepare_planner, runtime_for
 from specmpc_cli.errors import ConfigError, GateFailed, SpecMPCError
 
 if TYPE_CHECKING:
@@ -116,6 +116,69 @@ def import_(
     store.claim()
     out.say(f"imported a {report.parameters / 1e6:.1f} M teacher for {report.task} ({report.sha256[:8]}) into {report.path}")
     out.document({"schema": 1, "task": report.task, "path": str(report.path), "sha256": report.sha256, "dims": report.dims})
+
+
+@app.command()
+@common_options
+def train(
+    common: Common,
+    task: TaskOption = None,
+    size: Annotated[int | None, typer.Option(help="Millions of parameters: 1, 5, 19, 48 or 317; 1 if left out.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Decisions to train for, those already made included.")] = 100_000,
+    num_envs: Annotated[int | None, typer.Option(min=1, max=1024, help="Environments that act side by side; 1 if left out.")] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume/--fresh", help="Insist on a training to continue, or begin anew; continues if it can if left out.")
+    ] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard files.")] = False,
+    preset: PresetOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Train a TD-MPC2 world model as a task's teacher."""
+    from specmpc_cli.cli.progress import TrainingDisplay
+    from specmpc_cli.workflows.store import Store
+    from specmpc_cli.workflows.tensorboard import TensorBoardLog
+    from specmpc_cli.workflows.train import Watcher, begin_training, training_report
+
+    out = output_for(common)
+    store = Store(common.store, task, common.name)
+    runtime = runtime_for(common, out)
+    trainer = begin_training(
+        store,
+        runtime,
+        steps=steps,
+        seed=common.seed,
+        size=size,
+        num_envs=num_envs,
+        presets=preset or [],
+        settings=set_ or [],
+        resume=resume,
+    )
+    begun = trainer.counters.decisions
+    if begun >= steps:
+        raise ConfigError(f"nothing to do: {store.task} is trained for {begun} decisions already; ask for more with --steps, or use --fresh")
+    out.note(
+        f"task: {store.task} · {trainer.facts.size}M model · {describe(runtime)} · "
+        + (f"continues after {begun} decisions" if begun else "begins anew")
+    )
+    if runtime.compiled:
+        out.note("the first plan and the first updates compile, about two minutes the first time on a machine")
+    display = TrainingDisplay(out, trainer, steps)
+    log = TensorBoardLog(store.folder / "teacher" / "tensorboard", begun) if tensorboard else None
+
+    def keep(line: dict[str, Any]) -> None:
+        display.metrics(line)
+        if log is not None:
+            log.add(line)
+
+    with display.running():
+        trainer.run(steps, Watcher(display.show, keep))
+    report = training_report(trainer, store)
+    rate, minutes = (report["decisions"] - begun) / report["seconds_this_time"], report["seconds"] / 60
+    out.say(f"trained {store.task} for {report['decisions']} decisions and {report['updates']} updates in {minutes:.0f} min ({rate:.1f} decisions/s)")
+    out.say(f"last evaluation: return {report['return_mean']:.1f} over {len(report['returns'])} episodes")
+    out.say(f"teacher: {report['path']}")
+    out.say(f"curve:   {report['curve']}")
+    out.document(report)
 
 
 @app.command()

@@ -31,6 +31,11 @@ class Output:
         self.as_json, self.quiet = as_json, quiet
         self._out, self._err = _console(stderr=False), _console(stderr=True)
 
+    @property
+    def interactive(self) -> bool:
+        """Whether progress bars can be redrawn."""
+        return self._err.is_terminal
+
     def note(self, message: str) -> None:
         """A line for the person watching."""
         if not self.quiet:

@@ -8,6 +8,7 @@ from specmpc_cli.cli.options import Common
 from specmpc_cli.errors import ConfigError
 
 if TYPE_CHECKING:
+    from specmpc_cli.runtime import Runtime
     from specmpc_cli.workflows.acting import Workbench
     from specmpc_cli.workflows.store import FittedCorrector, Store
 
@@ -16,29 +17,37 @@ def output_for(common: Common) -> Output:
     return Output(as_json=common.json, quiet=common.quiet)
 
 
+def runtime_for(common: Common, out: Output) -> "Runtime":
+    """Where this command computes; says what the user should know about it."""
+    from specmpc_cli.runtime import choose_runtime
+
+    runtime = choose_runtime(common.device, common.dtype)
+    for note in runtime.notes:
+        out.note(f"note: {note}")
+    return runtime
+
+
+def describe(runtime: "Runtime") -> str:
+    """`cpu, fp32, compiled, 2 threads`."""
+    return f"{runtime.device}, {runtime.dtype_name}, {'compiled' if runtime.compiled else 'eager'}, {runtime.threads} threads"
+
+
 def open_store(
     common: Common, out: Output, task: str | None, preset: list[str] | None, settings: list[str] | None
 ) -> tuple["Store", "Workbench"]:
     """The store and a workbench for its teacher; says what it took."""
     from specmpc_cli.envs.registry import lookup
-    from specmpc_cli.runtime import choose_runtime
     from specmpc_cli.workflows.acting import Workbench
     from specmpc_cli.workflows.store import Store, config_of
 
     store = Store(common.store, task, common.name)
     teacher = store.teacher()
     config = config_of(teacher, preset or [], settings or [])
-    runtime = choose_runtime(common.device, common.dtype)
+    runtime = runtime_for(common, out)
     bench = Workbench(teacher, lookup(store.task).spec, config, runtime)
     how = "named" if task else "used last" if store.used_before else "default"
     store.claim()
-    compiled = "compiled" if runtime.compiled else "eager"
-    out.note(
-        f"task: {store.task} ({how}) · teacher: {teacher.source} {teacher.sha256[:8]} · "
-        f"{runtime.device}, {runtime.dtype_name}, {compiled}, {runtime.threads} threads"
-    )
-    for note in runtime.notes:
-        out.note(f"note: {note}")
+    out.note(f"task: {store.task} ({how}) · teacher: {teacher.source} {teacher.sha256[:8]} · {describe(runtime)}")
     return store, bench
 
 

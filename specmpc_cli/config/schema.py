@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class Section(BaseModel):
@@ -74,10 +74,62 @@ class CorrectorConfig(Section):
     validation_share: float = Field(default=0.15, gt=0, lt=1, description="share of the episodes held out")
 
 
+class ActingConfig(Section):
+    """Cheaper acting while a teacher is trained; what is left out is the planner's own number."""
+
+    iterations: int | None = Field(default=None, ge=1, le=64, description="MPPI iterations, those for large actions included")
+    num_samples: int | None = Field(default=None, ge=2, description="candidates per iteration")
+    num_elites: int | None = Field(default=None, ge=1, description="top candidates that refit the distribution")
+    horizon: int = Field(default=1, ge=1, le=50, description="env steps executed per plan (1: plan at every step)")
+
+
+class TrainConfig(Section):
+    """TD-MPC2's training (appendix H): the defaults are the published ones."""
+
+    batch_size: int = Field(default=256, ge=1, description="slices per update")
+    horizon: int = Field(default=3, ge=1, le=50, description="transitions per slice: the length of the latent rollout")
+    rho: float | None = Field(default=None, gt=0, le=1, description="weight of a step over the one before; 0.5, or 0.7 if the task terminates")
+    consistency_coef: float = Field(default=20.0, ge=0)
+    reward_coef: float = Field(default=0.1, ge=0)
+    value_coef: float = Field(default=0.1, ge=0)
+    termination_coef: float = Field(default=1.0, ge=0)
+    entropy_coef: float = Field(default=1e-4, ge=0)
+    lr: float = Field(default=3e-4, gt=0, description="learning rate of Adam")
+    enc_lr_scale: float = Field(default=0.3, gt=0, description="the encoder's share of it")
+    grad_clip_norm: float = Field(default=20.0, gt=0)
+    tau: float = Field(default=0.01, gt=0, le=1, description="rate of the target heads and of the running scale")
+    dropout: float = Field(default=0.01, ge=0, lt=1, description="in the first layer of each Q-head")
+    buffer_size: int = Field(default=1_000_000, ge=1, description="decisions that the replay holds")
+    seed_steps: int | None = Field(default=None, ge=1, description="random decisions at first; max(1000, 5 episodes) if left out")
+    seed_updates: int | None = Field(default=None, ge=0, description="updates made at once after them; as many as they are if left out")
+    updates_per_decision: float = Field(default=1.0, gt=0, le=64, description="updates per decision from then on")
+    acting: ActingConfig = ActingConfig()
+    eval_every: int = Field(default=10_000, ge=1, description="decisions between evaluations")
+    eval_episodes: int = Field(default=3, ge=1, le=1000, description="episodes per evaluation, with the full planner")
+    checkpoint_seconds: float = Field(default=120.0, ge=0, description="wall time between checkpoints; changes nothing that is learned")
+
+
 class Config(Section):
     """Everything a preset may set, and what is stored beside each teacher and corrector."""
 
     planner: PlannerConfig = PlannerConfig()
+    train: TrainConfig = TrainConfig()
     speculation: SpeculationConfig = SpeculationConfig()
     collect: CollectConfig = CollectConfig()
     corrector: CorrectorConfig = CorrectorConfig()
+
+    @property
+    def training_planner(self) -> PlannerConfig:
+        """The planner's settings while training acts."""
+        changes = self.train.acting.model_dump(exclude={"horizon"}, exclude_none=True)
+        if "iterations" in changes:
+            changes["large_action_iterations"] = 0
+        return PlannerConfig(**{**self.planner.model_dump(), **changes})
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        try:
+            _ = self.training_planner
+        except ValidationError as error:
+            raise ValueError(f"train.acting: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+        return self

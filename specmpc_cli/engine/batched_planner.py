@@ -40,6 +40,11 @@ class BatchedPlanner:
         self._batch_sizes = sorted(batch_sizes, reverse=True)
         self._explore = explore
 
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Takes over the model's weights, after an optimiser changed them."""
+        torch._foreach_copy_(list(self._compute_model.parameters()), list(self._rollout_model.parameters()))
+
     def __call__(self, z: Tensor, warm_start: Tensor, streams: Tensor, steps: Tensor) -> Plan:
         """z [B, Z], warm_start [B, H, A], streams and steps [B] int64 → a plan of B rows, B ≥ 1."""
         parts, done = [], 0

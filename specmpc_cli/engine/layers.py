@@ -86,14 +86,26 @@ class LinearEnsemble(nn.Module):
         nn.init.trunc_normal_(self.weight, std=0.02)
         self.ln = StackedLayerNorm(num_heads, out_dim) if normed else None
 
-    def forward(self, x: Tensor, head: int | Tensor) -> Tensor:
-        """x [B, N, in] → [B, N, out] through one head: the same for all rows (int), or one per row (Tensor [B])."""
-        if isinstance(head, int):
-            y = F.linear(x.to(self.weight.dtype), self.weight[head], self.bias[head]).float()
-        else:
-            weight, bias = self.weight[head], self.bias[head]  # [B, out, in], [B, out]
-            y = torch.baddbmm(bias.unsqueeze(1), x.to(weight.dtype), weight.transpose(1, 2)).float()
+    def forward(self, x: Tensor, head: int | Tensor | None, mask: Tensor | None = None) -> Tensor:
+        """x [B, N, in] → [B, N, out] through one head: the same for all rows (int), or one per row (Tensor [B]).
+
+        `head` None: through all heads, [E, N, in] → [E, N, out]; inputs that the heads share may come as [1, N, in].
+        `mask` [B, N, out] multiplies the product (dropout).
+        """
+        y = self._product(x, head)
+        if mask is not None:
+            y = y * mask
         return y if self.ln is None else mish(self.ln(y, head))
+
+    def _product(self, x: Tensor, head: int | Tensor | None) -> Tensor:
+        x = x.to(self.weight.dtype)
+        if isinstance(head, int):
+            return F.linear(x, self.weight[head], self.bias[head]).float()
+        if head is None and x.shape[0] == 1:  # one wide product serves all heads
+            y = F.linear(x[0], self.weight.flatten(0, 1), self.bias.flatten()).float()  # [N, E·out]
+            return y.unflatten(1, self.bias.shape).transpose(0, 1)
+        weight, bias = (self.weight, self.bias) if head is None else (self.weight[head], self.bias[head])
+        return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2)).float()
 
 
 class StackedLayerNorm(nn.Module):
@@ -104,8 +116,9 @@ class StackedLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_heads, dim))
         self.bias = nn.Parameter(torch.zeros(num_heads, dim))
 
-    def forward(self, x: Tensor, head: int | Tensor) -> Tensor:
+    def forward(self, x: Tensor, head: int | Tensor | None) -> Tensor:
         normed = F.layer_norm(x, x.shape[-1:])
         if isinstance(head, int):
             return normed * self.weight[head] + self.bias[head]
-        return normed * self.weight[head].unsqueeze(1) + self.bias[head].unsqueeze(1)
+        weight, bias = (self.weight, self.bias) if head is None else (self.weight[head], self.bias[head])
+        return normed * weight.unsqueeze(1) + bias.unsqueeze(1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from specmpc_cli.engine.gate import METRICS, GateRule, decide
 from specmpc_cli.engine.planner import PlannerSettings
 from specmpc_cli.engine.world_model import WorldModel
-from specmpc_cli.types import Corrector, Decision, Plan, ReplanReason, Rows, RunnerState, StepLog, Visit
+from specmpc_cli.types import Corrector, Decision, Plan, Rows, RunnerState, StepLog, Visit
 
 Tail = Literal["policy", "hold"]
 
@@ -160,31 +160,3 @@ class SpeculativeRunner:
             actions.append(actions[-1] if self._next_action is None else self._next_action(latents[-1]))
             latents.append(self.model.next(latents[-1], actions[-1]))
         return replace(plan, actions=torch.stack(actions, dim=1), latents=torch.stack(latents, dim=1))
-
-
-@dataclass(frozen=True)
-class PolicyState(Rows):
-    """The bare policy prior remembers nothing; the record only knows its number of rows."""
-
-    stream: Tensor  # [B]
-
-
-class PolicyActor:
-    """Acts with the policy prior's mean: zero planner calls, the control every comparison needs. Implements `types.Actor`."""
-
-    def __init__(self, model: WorldModel) -> None:
-        self.model = model
-
-    def initial_state(self, batch: int) -> PolicyState:
-        return PolicyState(torch.zeros(batch, dtype=torch.int64, device=next(self.model.parameters()).device))
-
-    def begin(self, state: PolicyState, rows: Tensor, streams: Tensor) -> PolicyState:
-        return state.put(rows, PolicyState(streams))
-
-    @torch.inference_mode()
-    def act(self, obs: Tensor, state: PolicyState, first: Tensor) -> tuple[Tensor, PolicyState, StepLog]:
-        action = self.model.pi_mean(self.model.encode(obs))
-        zero = torch.zeros_like(first, dtype=torch.int64)
-        none = torch.full(first.shape, torch.nan, device=first.device)
-        log = StepLog(zero - 1, zero + int(ReplanReason.NONE), zero, zero, none, torch.zeros_like(none), zero)
-        return action, state, log

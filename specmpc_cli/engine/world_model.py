@@ -65,11 +65,22 @@ class QEnsemble(nn.Module):
             ]
         )
 
-    def logits(self, x: Tensor, head: int | Tensor) -> Tensor:
-        """x [B, N, Z+A] → [B, N, bins] of one head (the same for all rows, or one per row [B])."""
-        for layer in self.layers:
+    def logits(self, x: Tensor, head: int | Tensor | None, mask: Tensor | None = None) -> Tensor:
+        """x [B, N, Z+A] → [B, N, bins] of one head: the same for all rows, or one per row [B]. None: x [1, N, Z+A] → all heads' [E, N, bins].
+
+        `mask` multiplies the first layer's features (dropout, while training).
+        """
+        first, *rest = self.layers
+        x = first(x, head, mask)
+        for layer in rest:
             x = layer(x, head)
         return x
+
+    def drawn_logits(self, x: Tensor, q_index: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [N, Z+A] → logits [2, N, bins] of the two heads q_index [2]. With two heads in all, the draw changes nothing."""
+        if self.num_q == 2:
+            return self.logits(x.unsqueeze(0), None, mask)
+        return self.logits(x.expand(2, -1, -1), q_index, mask)
 
 
 class WorldModel(nn.Module):

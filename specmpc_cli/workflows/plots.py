@@ -1,4 +1,4 @@
-"""Plots: return against planner calls saved, with intervals and the Pareto front."""
+"""Plots: return against planner calls saved, with intervals and the Pareto front; and training curves."""
 
 from __future__ import annotations
 
@@ -105,6 +105,40 @@ def plot_front(report: dict[str, Any], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)
     axes.legend(fontsize=8, loc="lower left", frameon=False)
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png", dpi=140)
+    plt.close(figure)
+
+
+def plot_training(metrics: list[dict[str, Any]], task: str, path: Path, published: list[tuple[int, float]] | None = None) -> None:
+    """Draws a training as a PNG: each episode's return while learning, and the evaluations.
+
+    Args:
+        metrics: the lines of metrics.jsonl.
+        published: (decisions, return) of a curve to draw beside it.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    score = "success" if any("success_rate" in line for line in metrics) else "return"
+    episodes = [(line["decisions"], float(line[score])) for line in metrics if line["event"] == "episode"]
+    name = "success_rate" if score == "success" else "return_mean"
+    evaluations = [(line["decisions"], line[name]) for line in metrics if line["event"] == "eval"]
+    figure, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
+    if published:
+        axes.plot(*zip(*published, strict=True), color="#111827", linestyle=":", marker="s", markersize=4, label="published (TD-MPC2, 5M)")
+    if episodes:
+        axes.plot(*zip(*episodes, strict=True), color="#93c5fd", linewidth=1, label="episodes while training")
+    if evaluations:
+        axes.plot(*zip(*evaluations, strict=True), color="#2563eb", marker="o", markersize=5, label="evaluations, full planner")
+    axes.set_title(f"{task}: training", loc="left", fontsize=11)
+    axes.set_xlabel("decisions")
+    axes.set_ylabel("success rate" if score == "success" else "episode return")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.2)
+    axes.legend(fontsize=8, loc="lower right", frameon=False)
     with replacing(path) as beside:
         figure.savefig(beside, format="png", dpi=140)
     plt.close(figure)

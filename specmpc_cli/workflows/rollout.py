@@ -40,6 +40,8 @@ class Transition:
     obs: np.ndarray  # [O] what the actor saw
     action: np.ndarray  # [A] what it did
     reward: float
+    next_obs: np.ndarray  # [O] what followed
+    terminated: bool
     log: StepLog  # of this row: its fields lack the batch axis
 
 
@@ -89,7 +91,6 @@ class EpisodeStats:
         self.planner_iterations.append(int(log.planner_iterations))
 
 
-@torch.inference_mode()
 def rollout(
     actor: Actor[Any],
     envs: VectorEnv,
@@ -124,8 +125,8 @@ def rollout(
         for i, row in enumerate(batch.running):
             row_log = log.take(torch.tensor(i))
             if on_step is not None:
-                episode = row.stats.episode
-                on_step(Transition(episode, row.stats.env_steps, batch.obs[i], actions[i], float(step.reward[i]), row_log))
+                what = (batch.obs[i], actions[i], float(step.reward[i]), step.obs[i], bool(step.terminated[i]))
+                on_step(Transition(row.stats.episode, row.stats.env_steps, *what, row_log))
             row.stats.record(float(step.reward[i]), row_log)
             if step.terminated[i] or step.truncated[i] or row.stats.env_steps == max_steps:
                 row.stats.success, row.stats.terminated = bool(step.success[i]), bool(step.terminated[i])

@@ -1,0 +1,70 @@
+"""Actors that never plan: the bare policy prior, and uniformly random actions. Both implement `types.Actor`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specmpc_cli.engine.world_model import WorldModel
+from specmpc_cli.types import ReplanReason, Rows, StepLog
+
+
+@dataclass(frozen=True)
+class StreamState(Rows):
+    """Which random stream each row draws from, and how far it is."""
+
+    stream: Tensor  # [B] int64
+    step: Tensor  # [B] int64, env steps since the episode began
+
+
+class PlanlessActor(ABC):
+    """What the two have in common: the state, and a log without plans."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    @abstractmethod
+    def choose(self, obs: Tensor, state: StreamState) -> Tensor:
+        """obs [B, O] → action [B, A]."""
+
+    def initial_state(self, batch: int) -> StreamState:
+        zero = torch.zeros(batch, dtype=torch.int64, device=self._device)
+        return StreamState(zero, zero)
+
+    def begin(self, state: StreamState, rows: Tensor, streams: Tensor) -> StreamState:
+        return state.put(rows, StreamState(streams, torch.zeros_like(streams)))
+
+    @torch.inference_mode()
+    def act(self, obs: Tensor, state: StreamState, first: Tensor) -> tuple[Tensor, StreamState, StepLog]:
+        zero = torch.zeros_like(first, dtype=torch.int64)
+        none = torch.full(first.shape, torch.nan, device=first.device)
+        log = StepLog(zero - 1, zero + int(ReplanReason.NONE), zero, zero, none, torch.zeros_like(none), zero)
+        return self.choose(obs, state), StreamState(state.stream, state.step + 1), log
+
+
+class PolicyActor(PlanlessActor):
+    """Acts with the policy prior's mean: zero planner calls, the control every comparison needs."""
+
+    def __init__(self, model: WorldModel) -> None:
+        super().__init__(next(model.parameters()).device)
+        self.model = model
+
+    def choose(self, obs: Tensor, state: StreamState) -> Tensor:
+        return self.model.pi_mean(self.model.encode(obs))
+
+
+class RandomActor(PlanlessActor):
+    """Uniform actions in [-1, 1], keyed by (stream, step): the seed phase of a training."""
+
+    def __init__(self, action_dim: int, device: torch.device) -> None:
+        super().__init__(device)
+        self._action_dim = action_dim
+
+    def choose(self, obs: Tensor, state: StreamState) -> Tensor:
+        keys = zip(state.stream.tolist(), state.step.tolist(), strict=True)
+        rows = [np.random.Generator(np.random.Philox(key=key)).uniform(-1.0, 1.0, self._action_dim) for key in keys]
+        return torch.from_numpy(np.stack(rows).astype(np.float32)).to(self._device)

@@ -1,0 +1,237 @@
+"""The world model's learner: one update of all networks per call (TD-MPC2, algorithm 2). Knows no environments and no replay.
+
+An update is a pure function of the learner's state, a batch and the update's number: its draws come from torch's default generator, which
+is seeded with (seed, number) first. That is what lets training resume bit for bit from the number alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from specmpc_cli.engine.world_model import WorldModel
+from specmpc_cli.learning.losses import Batch, LossSettings, ModelLoss, PolicyLoss, UpdateNoise, policy_loss, world_model_loss
+from specmpc_cli.runtime import Runtime, use_compile_cache
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerSettings:
+    """The optimisers' numbers (TD-MPC2, appendix H)."""
+
+    lr: float = 3e-4
+    enc_lr_scale: float = 0.3
+    pi_adam_eps: float = 1e-5
+    grad_clip_norm: float = 20.0
+    dropout: float = 0.01  # share of the features dropped in the first layer of each Q-head
+
+
+class UpdateInfo(NamedTuple):
+    """What one update reports, each a scalar tensor on the learner's device."""
+
+    consistency_loss: Tensor
+    reward_loss: Tensor
+    value_loss: Tensor
+    termination_loss: Tensor
+    total_loss: Tensor
+    grad_norm: Tensor
+    pi_loss: Tensor
+    pi_grad_norm: Tensor
+    pi_entropy: Tensor
+    pi_scaled_entropy: Tensor
+    pi_scale: Tensor
+
+
+class LossKernels(NamedTuple):
+    """The two losses, eager or compiled; with their backward passes they take nearly all of an update's time."""
+
+    world_model: Callable[[WorldModel, Batch, UpdateNoise, LossSettings], ModelLoss]
+    policy: Callable[[WorldModel, Tensor, UpdateNoise, Tensor, LossSettings], PolicyLoss]
+
+
+EAGER_LOSSES = LossKernels(world_model_loss, policy_loss)
+
+
+@cache
+def compiled_losses() -> LossKernels:
+    """The losses, compiled at their first call for each new shape."""
+    use_compile_cache()
+    return LossKernels(
+        torch.compile(world_model_loss, fullgraph=True, dynamic=False),
+        torch.compile(policy_loss, fullgraph=True, dynamic=False),
+    )
+
+
+class Learner:
+    """Optimises a world model in place: world model, then policy prior, then the target heads."""
+
+    def __init__(self, model: WorldModel, losses: LossSettings, settings: LearnerSettings, runtime: Runtime, *, seed: int) -> None:
+        self.model = model.to(runtime.device).train()
+        self.updates = 0
+        self.scale = torch.ones((), device=runtime.device)
+        self._losses, self._settings, self._runtime, self._seed = losses, settings, runtime, seed
+        self._kernels = compiled_losses() if runtime.compiled else EAGER_LOSSES
+        model.requires_grad_(True).q_target.requires_grad_(False)
+        policy = list(model.pi_net.parameters())
+        encoder = list(model.encoder.parameters())
+        named = [(name, parameter) for name, parameter in model.named_parameters() if not name.startswith(("pi_net.", "q_target."))]
+        self._world = [parameter for _, parameter in named]
+        rest = [parameter for name, parameter in named if not name.startswith("encoder.")]
+        groups = [{"params": encoder, "lr": settings.lr * settings.enc_lr_scale}, {"params": rest}]
+        graph = runtime.device.type == "cuda"
+        self._world_adam = torch.optim.Adam(groups, lr=settings.lr, fused=True, capturable=graph)
+        self._policy_adam = torch.optim.Adam(policy, lr=settings.lr, eps=settings.pi_adam_eps, fused=True, capturable=graph)
+        self._policy = policy
+        self._captured: CapturedUpdate | None = None
+
+    def update(self, batch: Batch) -> UpdateInfo:
+        """Update number `updates`, with draws keyed by (seed, number). On CUDA it is captured in a graph at the third call."""
+        torch.manual_seed(update_key(self._seed, self.updates))
+        if self._captured is None and self._runtime.device.type == "cuda" and self.updates >= 2:
+            self._captured = CapturedUpdate(self._drawn_step, batch)
+        info = self._captured(batch) if self._captured else self._drawn_step(batch)
+        self.updates += 1
+        return info
+
+    def _drawn_step(self, batch: Batch) -> UpdateInfo:
+        return self.step(batch, self.draw(*batch.reward.shape))
+
+    def draw(self, horizon: int, size: int) -> UpdateNoise:
+        """An update's draws, from torch's default generator."""
+        d, device, dropout = self.model.dims, self._runtime.device, self._settings.dropout
+        return UpdateNoise(
+            td_eps=torch.randn(horizon, size, d.action_dim, device=device),
+            td_q_index=torch.rand(d.num_q, device=device).argsort()[:2],
+            pi_eps=torch.randn(horizon + 1, size, d.action_dim, device=device),
+            pi_q_index=torch.rand(d.num_q, device=device).argsort()[:2],
+            q_mask=dropout_mask((d.num_q, horizon * size, d.mlp_dim), dropout, device),
+            pi_q_mask=dropout_mask((2, (horizon + 1) * size, d.mlp_dim), dropout, device),
+        )
+
+    def step(self, batch: Batch, noise: UpdateNoise) -> UpdateInfo:
+        """One update with these draws."""
+        clip = self._settings.grad_clip_norm
+        autocast = torch.autocast(
+            self._runtime.device.type, torch.bfloat16, enabled=self._runtime.dtype is torch.bfloat16
+        )
+        # World model.
+        with autocast:
+            loss = self._kernels.world_model(self.model, batch, noise, self._losses)
+        loss.total.backward()
+        grad_norm = nn.utils.clip_grad_norm_(self._world, clip, foreach=True)
+        self._world_adam.step()
+        self._world_adam.zero_grad(set_to_none=True)
+
+        # Policy prior.
+        with _fixed(self.model.q), autocast:
+            policy = self._kernels.policy(self.model, loss.latents, noise, self.scale, self._losses)
+        policy.total.backward()
+        pi_grad_norm = nn.utils.clip_grad_norm_(self._policy, clip, foreach=True)
+        self._policy_adam.step()
+        self._policy_adam.zero_grad(set_to_none=True)
+        self.scale.copy_(policy.scale)
+
+        # Target heads.
+        with torch.no_grad():
+            target, source = list(self.model.q_target.parameters()), list(self.model.q.parameters())
+            torch._foreach_lerp_(target, source, self._losses.tau)
+        return UpdateInfo(
+            loss.consistency,
+            loss.reward,
+            loss.value,
+            loss.termination,
+            loss.total.detach(),
+            grad_norm,
+            policy.total.detach(),
+            pi_grad_norm,
+            policy.entropy,
+            policy.scaled_entropy,
+            policy.scale,
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything but the number of updates that the next update depends on, as named tensors."""
+        state = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for name, moments in self._moments():
+            state |= {f"{name}.{key}": value for key, value in moments.items()}
+        return state | {"scale": self.scale}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], updates: int) -> None:
+        """Continues after `updates` updates. Raises KeyError or RuntimeError for a state of another model."""
+        self.model.load_state_dict({name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")})
+        self.scale.copy_(state["scale"])
+        self.updates = updates
+        if updates:
+            for optimiser in (self._world_adam, self._policy_adam):
+                for group in optimiser.param_groups:
+                    for parameter in group["params"]:
+                        optimiser.state[parameter] = {
+                            "step": torch.zeros((), device=parameter.device if group["capturable"] else "cpu"),
+                            "exp_avg": torch.zeros_like(parameter),
+                            "exp_avg_sq": torch.zeros_like(parameter),
+                        }
+            for name, moments in self._moments():
+                for key, value in moments.items():
+                    value.copy_(state[f"{name}.{key}"])
+
+    def _moments(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Adam's state of each parameter: step, exp_avg, exp_avg_sq."""
+        for name, parameter in self.model.named_parameters():
+            optimiser = self._policy_adam if name.startswith("pi_net.") else self._world_adam
+            if parameter in optimiser.state:
+                yield f"adam.{name}", optimiser.state[parameter]
+
+
+class CapturedUpdate:
+    """An update captured in one CUDA graph: launches nothing but copies of the batch and the graph."""
+
+    def __init__(self, step: Callable[[Batch], UpdateInfo], batch: Batch) -> None:
+        self._batch = Batch(*(value.clone() for value in batch))
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._info = step(self._batch)
+
+    def __call__(self, batch: Batch) -> UpdateInfo:
+        for static, value in zip(self._batch, batch, strict=True):
+            static.copy_(value)
+        self._graph.replay()
+        return UpdateInfo(*(value.clone() for value in self._info))
+
+
+def dropout_mask(shape: tuple[int, ...], share: float, device: torch.device) -> Tensor | None:
+    """Dropout's factors: each is 0 with probability `share`, else 1 / (1 − share); None without dropout.
+
+    Draws only the gaps between zeros, which are geometric: at a share of 0.01 that is 20 times faster than a draw per element.
+    """
+    if share == 0:
+        return None
+    count = math.prod(shape)
+    expected = count * share
+    draws = int(expected + 8 * math.sqrt(expected)) + 8  # together they span all elements, but for a chance of 1e-15
+    gaps = torch.empty(draws, device=device).geometric_(share)
+    zeros = (gaps.long().cumsum(0) - 1).clamp(max=count)
+    mask = torch.full((count + 1,), 1 / (1 - share), device=device)  # the last element takes the zeros beyond the end
+    return mask.index_fill_(0, zeros, 0.0)[:count].view(shape)
+
+
+def update_key(seed: int, number: int) -> int:
+    """The 63-bit seed of an update's draws."""
+    digest = hashlib.blake2b(f"update/{seed}/{number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@contextmanager
+def _fixed(module: nn.Module) -> Iterator[None]:
+    """No gradients for this module's weights inside."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)

@@ -1,0 +1,135 @@
+"""TD-MPC2's losses (Hansen et al., 2024, §3.1, equations 3 and 4): tensors in, tensors out.
+
+Sequences are time-first, [H+1, B, ...], because the latent rollout walks along time. All random draws come in as one `UpdateNoise`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specmpc_cli.engine.twohot import two_hot_loss
+from specmpc_cli.engine.world_model import WorldModel
+
+
+class Batch(NamedTuple):
+    """B slices of H transitions, none of which crosses an episode's end."""
+
+    obs: Tensor  # [H+1, B, O]
+    action: Tensor  # [H, B, A] taken at obs[:-1]
+    reward: Tensor  # [H, B]
+    terminated: Tensor  # [H, B] 1.0 where obs[1:] is terminal
+
+
+class UpdateNoise(NamedTuple):
+    """All draws of one update."""
+
+    td_eps: Tensor  # [H, B, A] standard normal: the policy's action in the TD target
+    td_q_index: Tensor  # [2] int64: the two target heads of the TD target
+    pi_eps: Tensor  # [H+1, B, A] standard normal: the policy's action in its own loss
+    pi_q_index: Tensor  # [2] int64: the two heads of the policy loss
+    q_mask: Tensor | None = None  # [E, H·B, mlp_dim] dropout's factors in the first layer of every Q-head; None without dropout
+    pi_q_mask: Tensor | None = None  # [2, (H+1)·B, mlp_dim] likewise, of the two heads of the policy loss
+
+
+@dataclass(frozen=True, slots=True)
+class LossSettings:
+    """The numbers of the losses (TD-MPC2, appendix H)."""
+
+    discount: float
+    rho: float = 0.5  # weight of a step of the rollout over the one before it
+    consistency_coef: float = 20.0
+    reward_coef: float = 0.1
+    value_coef: float = 0.1
+    termination_coef: float = 1.0
+    entropy_coef: float = 1e-4
+    tau: float = 0.01  # rate of the target network and of the running scale
+
+
+class ModelLoss(NamedTuple):
+    """The world model's loss, its parts (before their coefficients), and the latents it rolled out."""
+
+    total: Tensor
+    consistency: Tensor
+    reward: Tensor
+    value: Tensor
+    termination: Tensor
+    latents: Tensor  # [H+1, B, Z], detached
+
+
+class PolicyLoss(NamedTuple):
+    """The policy prior's loss, its entropies, and the running scale after this update."""
+
+    total: Tensor
+    entropy: Tensor
+    scaled_entropy: Tensor
+    scale: Tensor  # []
+
+
+def world_model_loss(model: WorldModel, batch: Batch, noise: UpdateNoise, s: LossSettings) -> ModelLoss:
+    """Latent consistency, reward, value and termination over a latent rollout of the batch's actions."""
+    horizon, size = batch.reward.shape
+    weight = s.rho ** torch.arange(horizon, device=batch.reward.device)  # [H]
+    with torch.no_grad():
+        seen = model.encode(batch.obs[1:])  # [H, B, Z]
+        target = td_target(model, seen, batch, noise, s.discount)  # [H, B]
+    latents = [model.encode(batch.obs[0])]
+    for action in batch.action:
+        latents.append(model.next(latents[-1], action))
+    z = torch.stack(latents)  # [H+1, B, Z]
+    za = torch.cat([z[:-1], batch.action], dim=-1)
+
+    consistency = ((z[1:] - seen).square().mean((1, 2)) * weight).mean()
+    d = model.dims
+    reward = (two_hot_loss(model.reward_net(za), batch.reward, d.vmin, d.vmax).mean(1) * weight).mean()
+    logits = model.q.logits(za.flatten(0, 1).unsqueeze(0), None, noise.q_mask).unflatten(1, (horizon, size))  # [E, H, B, bins]
+    value = (two_hot_loss(logits, target, d.vmin, d.vmax).mean((0, 2)) * weight).mean()
+    termination = torch.zeros_like(value)
+    if model.termination_net is not None:
+        termination = F.binary_cross_entropy_with_logits(model.termination_net(z[1:]).squeeze(-1), batch.terminated)
+    total = s.consistency_coef * consistency + s.reward_coef * reward + s.value_coef * value + s.termination_coef * termination
+    return ModelLoss(total, consistency.detach(), reward.detach(), value.detach(), termination.detach(), z.detach())
+
+
+def td_target(model: WorldModel, next_z: Tensor, batch: Batch, noise: UpdateNoise, discount: float) -> Tensor:
+    """Reward plus the discounted minimum of two target heads at the policy prior's action; [H, B]."""
+    action = model.pi_sample(next_z, noise.td_eps)
+    za = torch.cat([next_z, action], dim=-1).flatten(0, 1)
+    values = model.decode(model.q_target.drawn_logits(za, noise.td_q_index))  # [2, H·B]
+    return batch.reward + discount * (1 - batch.terminated) * values.amin(0).view_as(batch.reward)
+
+
+def policy_loss(model: WorldModel, z: Tensor, noise: UpdateNoise, scale: Tensor, s: LossSettings) -> PolicyLoss:
+    """Scaled value and entropy of the policy prior's action at the latents z [H+1, B, Z].
+
+    The caller keeps gradients from the Q-heads' weights (learner.py): only the policy is to learn from this.
+    """
+    mean, log_std = model.pi(z)
+    action = torch.tanh(mean + noise.pi_eps * torch.exp(log_std))
+    gaussian = (-0.5 * noise.pi_eps.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)  # [H+1, B]
+    entropy = -(gaussian - torch.log(F.relu(1 - action.square()) + 1e-6).sum(-1))
+    scaled_entropy = -gaussian * action.shape[-1]  # of the Gaussian before squashing, times the action dimensions, as the official code has it
+
+    za = torch.cat([z, action], dim=-1).flatten(0, 1)
+    values = model.decode(model.q.drawn_logits(za, noise.pi_q_index, noise.pi_q_mask)).mean(0).view_as(entropy)  # [H+1, B]
+    scale = torch.lerp(scale, percentile_range(values[0].detach()).clamp(min=1.0), s.tau)
+    weight = s.rho ** torch.arange(len(z), device=z.device)
+    total = (-(s.entropy_coef * scaled_entropy + values / scale).mean(1) * weight).mean()
+    return PolicyLoss(total, entropy.mean().detach(), scaled_entropy.mean().detach(), scale)
+
+
+def percentile_range(x: Tensor) -> Tensor:
+    """Distance of the 5th and 95th percentile of x [n], linearly interpolated."""
+    ordered = x.sort().values
+    bounds = []
+    for share in (0.05, 0.95):
+        position = share * (len(x) - 1)
+        below = int(position)
+        above = min(below + 1, len(x) - 1)
+        bounds.append(torch.lerp(ordered[below], ordered[above], position - below))
+    return bounds[1] - bounds[0]

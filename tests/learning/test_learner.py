@@ -1,0 +1,141 @@
+"""The learner: what an update changes, what it draws, and that it continues where it was left. Parity: tests/test_parity.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from specmpc_cli.engine.twohot import two_hot, two_hot_inv, two_hot_loss
+from specmpc_cli.learning.learner import Learner, LearnerSettings, dropout_mask
+from specmpc_cli.learning.losses import Batch, LossSettings, percentile_range
+from specmpc_cli.runtime import choose_runtime
+from tests.conftest import make_model
+
+CPU = torch.device("cpu")
+HORIZON, SIZE = 3, 16
+
+
+def make_learner(*, seed: int = 0, dtype: str = "fp32", num_q: int = 3, dropout: float = 0.01) -> Learner:
+    settings = LearnerSettings(dropout=dropout)
+    return Learner(make_model(num_q=num_q), LossSettings(0.97), settings, choose_runtime("cpu", dtype), seed=seed)
+
+
+def make_batch(seed: int = 0) -> Batch:
+    """Dynamics and rewards that can be learned: the observation moves with the action."""
+    generator = torch.Generator().manual_seed(seed)
+    obs = [torch.randn(SIZE, 4, generator=generator)]
+    action = torch.rand(HORIZON, SIZE, 2, generator=generator) * 2 - 1
+    for step in action:
+        obs.append(obs[-1] + 0.1 * torch.cat([step, -step], dim=1))
+    return Batch(torch.stack(obs), action, action.sum(-1), torch.zeros(HORIZON, SIZE))
+
+
+def weights(learner: Learner) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in learner.model.state_dict().items()}
+
+
+def test_an_update_moves_every_network_and_the_target_only_a_little() -> None:
+    learner = make_learner()
+    before = weights(learner)
+    learner.update(make_batch())
+    after = weights(learner)
+    moved = {name: float((after[name] - before[name]).abs().max()) for name in before}
+    assert all(distance > 0 for distance in moved.values()), [name for name, distance in moved.items() if distance == 0]
+    for name in (name for name in moved if name.startswith("q.")):
+        twin = name.replace("q.", "q_target.", 1)
+        torch.testing.assert_close(after[twin], torch.lerp(before[twin], after[name], 0.01))
+
+
+def test_the_policy_loss_leaves_the_value_heads_alone() -> None:
+    """Without the world model's loss, an update changes nothing but the policy (and the target, which follows)."""
+    learner = make_learner()
+    nothing = LossSettings(0.97, consistency_coef=0, reward_coef=0, value_coef=0, tau=0.0)
+    learner = Learner(learner.model, nothing, LearnerSettings(), choose_runtime("cpu", "fp32"), seed=0)
+    before = weights(learner)
+    learner.update(make_batch())
+    moved = {name for name, value in weights(learner).items() if not torch.equal(value, before[name])}
+    assert moved and all(name.startswith("pi_net.") for name in moved)
+    assert all(parameter.requires_grad for parameter in learner.model.q.parameters())
+
+
+def test_losses_fall_on_data_that_can_be_learned() -> None:
+    learner, batch = make_learner(), make_batch()
+    first = learner.update(batch)
+    for _ in range(80):
+        last = learner.update(batch)
+    assert last.consistency_loss < 0.5 * first.consistency_loss
+    assert last.reward_loss < 0.5 * first.reward_loss
+
+
+def test_an_update_depends_on_the_seed_and_its_number_only() -> None:
+    runs = []
+    for noise in range(2):
+        learner = make_learner()
+        for number in range(3):
+            torch.manual_seed(1000 * noise + number)  # what others do to torch's generator does not matter
+            learner.update(make_batch(number))
+        runs.append(weights(learner))
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    other = make_learner(seed=1)
+    for number in range(3):
+        other.update(make_batch(number))
+    assert not torch.equal(weights(other)["pi_net.0.weight"], runs[0]["pi_net.0.weight"])
+
+
+def test_it_continues_bit_for_bit() -> None:
+    straight = make_learner()
+    for number in range(6):
+        straight.update(make_batch(number))
+    halves = make_learner()
+    for number in range(3):
+        halves.update(make_batch(number))
+    state = {name: value.clone() for name, value in halves.state_dict().items()}
+    continued = make_learner()
+    continued.load_state_dict(state, updates=3)
+    for number in range(3, 6):
+        continued.update(make_batch(number))
+    expected, found = straight.state_dict(), continued.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_state_of_another_model_is_refused() -> None:
+    state = make_learner(num_q=2).state_dict()
+    with pytest.raises(RuntimeError):
+        make_learner(num_q=3).load_state_dict(state, updates=0)
+
+
+def test_bf16_updates_stay_near_fp32_ones() -> None:
+    exact, rough = make_learner(), make_learner(dtype="bf16")
+    for number in range(3):
+        expected, found = exact.update(make_batch(number)), rough.update(make_batch(number))
+    assert all(value.dtype == torch.float32 for value in rough.state_dict().values())
+    torch.testing.assert_close(found.total_loss, expected.total_loss, rtol=0.05, atol=0.01)
+    assert float(found.total_loss) != float(expected.total_loss)
+
+
+def test_dropout_masks_have_the_share_and_the_scale() -> None:
+    torch.manual_seed(0)
+    masks = torch.stack([mask for _ in range(50) if (mask := dropout_mask((2, 100, 30), 0.1, CPU)) is not None])
+    assert abs(float((masks == 0).float().mean()) - 0.1) < 0.003
+    assert abs(float(masks.mean()) - 1.0) < 0.003
+    per_place = (masks == 0).float().mean(0)  # the first and the last elements are dropped as often as the others
+    assert 0 < float(per_place[0, 0].mean()) < 0.2 and 0 < float(per_place[-1, -1].mean()) < 0.2
+    assert dropout_mask((2, 3), 0.0, CPU) is None
+
+
+def test_two_hot_decodes_to_what_it_encoded_and_its_loss_is_the_cross_entropy() -> None:
+    x = torch.tensor([-20000.0, -3.2, 0.0, 0.017, 1.0, 12.5, 20000.0])
+    coded = two_hot(x, -10.0, 10.0, 101)
+    torch.testing.assert_close(coded.sum(-1), torch.ones(7))
+    assert ((coded > 0).sum(-1) <= 2).all()
+    decoded = two_hot_inv(torch.log(coded + 1e-30), -10.0, 10.0)
+    torch.testing.assert_close(decoded, x, rtol=0.02, atol=1e-3)  # symexp of the mean bin: nearly exact inside a bin
+    logits = torch.randn(7, 101, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(two_hot_loss(logits, x, -10.0, 10.0), torch.nn.functional.cross_entropy(logits, coded, reduction="none"))
+
+
+def test_percentile_range_interpolates() -> None:
+    x = torch.randn(57, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(percentile_range(x), x.quantile(0.95) - x.quantile(0.05))

@@ -1,0 +1,227 @@
+"""Training on pointmass: what it does in which order, that it resumes bit for bit, and how it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from specmpc_cli.config.presets import load_config
+from specmpc_cli.data.replay import read_replay_shards
+from specmpc_cli.engine.checkpoint import load_world_model
+from specmpc_cli.envs.registry import lookup
+from specmpc_cli.errors import CheckpointError, ConfigError, DatasetError, TrainingDiverged
+from specmpc_cli.learning.learner import UpdateInfo
+from specmpc_cli.runtime import choose_runtime
+from specmpc_cli.workflows.store import Store
+from specmpc_cli.workflows.train import Progress, Trainer, Watcher, begin_training, resume_folder, seed_steps
+
+SMALL = [
+    "train.seed_steps=80", "train.seed_updates=4", "train.updates_per_decision=0.25", "train.batch_size=8", "train.eval_every=80",
+    "train.eval_episodes=2", "train.checkpoint_seconds=0", "planner.num_samples=16", "planner.num_elites=4", "planner.num_pi_trajs=4",
+    "planner.iterations=2",
+]  # fmt: skip
+STEPS = 240  # six episodes of 40 decisions, two of them random
+
+
+class Killed(Exception):
+    """Stands for a kill at any moment."""
+
+
+def begin(root: Path, **options: Any) -> Trainer:
+    settings = options.pop("settings", SMALL)
+    store = Store(root, "pointmass")
+    return begin_training(store, choose_runtime("cpu", "fp32"), steps=options.pop("steps", STEPS), seed=0, settings=settings, **options)
+
+
+def teacher(root: Path) -> Path:
+    return root / "pointmass" / "main" / "teacher"
+
+
+def lines(root: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (teacher(root) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training that nothing interrupted."""
+    root = tmp_path_factory.mktemp("straight")
+    begin(root).run(STEPS, Watcher())
+    return root
+
+
+def assert_same_training(root: Path, straight: Path) -> None:
+    """Weights, optimisers, counters, replay and metrics agree to the last bit."""
+    for folder in ("resume/state.safetensors", "model.safetensors"):
+        expected, found = load_file(teacher(straight) / folder), load_file(teacher(root) / folder)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    replays = [read_replay_shards(teacher(path) / "resume" / "replay", STEPS // 40) for path in (straight, root)]
+    for one, other in zip(*replays, strict=True):
+        for name in ("obs", "action", "reward", "terminated"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    without_clock = [[{k: v for k, v in line.items() if k != "seconds"} for line in lines(path)] for path in (straight, root)]
+    assert without_clock[0] == without_clock[1]
+
+
+def test_phases_updates_and_evaluations_come_when_they_should(straight: Path) -> None:
+    episodes = [line for line in lines(straight) if line["event"] == "episode"]
+    assert [line["decisions"] for line in episodes] == [40, 80, 120, 160, 200, 240]
+    assert [line["planner_calls"] for line in episodes] == [0, 0, 40, 40, 40, 40]
+    assert [line["updates"] for line in episodes] == [0, 0, 14, 24, 34, 44]  # 4 at once, then one for every fourth decision
+    assert all("value_loss" in line for line in episodes[2:])
+    evaluations = [line for line in lines(straight) if line["event"] == "eval"]
+    assert [line["decisions"] for line in evaluations] == [80, 160, 240] and all(len(line["returns"]) == 2 for line in evaluations)
+
+
+def test_the_teacher_is_there_with_its_config_and_curve(straight: Path) -> None:
+    store = Store(straight, "pointmass")
+    made = store.teacher()
+    assert made.source == "store" and made.config["origin"]["decisions"] == STEPS and made.config["origin"]["size"] == 1
+    assert made.config["origin"]["return"] == lines(straight)[-1]["return_mean"]
+    model, _ = load_world_model(teacher(straight) / "model.safetensors")
+    assert model.dims.obs_dim == 4
+    assert (teacher(straight) / "training.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("when", [30, 81, 119, 163, 201])
+def test_killed_at_any_decision_it_continues_bit_for_bit(tmp_path: Path, straight: Path, when: int) -> None:
+    def kill(progress: Progress) -> None:
+        if progress.decisions == when:
+            raise Killed
+
+    with pytest.raises(Killed):
+        begin(tmp_path).run(STEPS, Watcher(kill))
+    continued = begin(tmp_path)
+    assert continued.counters.decisions == when // 40 * 40
+    continued.run(STEPS, Watcher())
+    assert_same_training(tmp_path, straight)
+
+
+def test_killed_between_the_replay_and_the_state_it_continues_bit_for_bit(
+    tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*args: Any) -> None:
+        raise Killed
+
+    trainer = begin(tmp_path)
+    trainer.run(160, Watcher())
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("specmpc_cli.workflows.train_state.save", kill)
+        begin(tmp_path).run(STEPS, Watcher())
+    assert len(list((teacher(tmp_path) / "resume" / "replay").glob("*.h5"))) == 5  # one more than the state knows
+    # A run that was to end at 160 evaluated there, as every 80 decisions; so the metrics are those of the straight one.
+    begin(tmp_path).run(STEPS, Watcher())
+    assert_same_training(tmp_path, straight)
+
+
+def test_several_environments_learn_at_the_same_rate_and_continue(tmp_path: Path) -> None:
+    begin(tmp_path / "a", num_envs=3).run(STEPS, Watcher())
+    begin(tmp_path / "b", num_envs=3).run(120, Watcher())
+    begin(tmp_path / "b").run(STEPS, Watcher())
+    assert_same_training(tmp_path / "b", tmp_path / "a")
+    last = [line for line in lines(tmp_path / "a") if line["event"] == "episode"][-1]
+    # The seed phase ends with the round in which its steps are reached: 120 of 240 decisions are left to learn from.
+    assert last["decisions"] == STEPS and last["updates"] == 4 + 120 // 4
+
+
+def test_speculative_acting_plans_less(tmp_path: Path) -> None:
+    begin(tmp_path, settings=[*SMALL, "train.acting.horizon=4", "train.acting.num_samples=8"]).run(120, Watcher())
+    assert [line["planner_calls"] for line in lines(tmp_path) if line["event"] == "episode"] == [0, 0, 10]
+
+
+def test_it_learns_pointmass(tmp_path: Path) -> None:
+    """Real learning, in small: better than random by far after 400 decisions."""
+    settings = ["train.seed_steps=200", "train.batch_size=32", "train.seed_updates=100", "train.updates_per_decision=0.5",
+                "planner.num_samples=64", "planner.num_elites=8", "planner.num_pi_trajs=8", "planner.iterations=3",
+                "train.eval_every=1000"]  # fmt: skip
+    begin(tmp_path, settings=settings, steps=480).run(480, Watcher())
+    random = np.mean([line["return"] for line in lines(tmp_path) if line["event"] == "episode"][:5])
+    assert lines(tmp_path)[-1]["return_mean"] > random + 5
+
+
+def test_seed_steps_follow_the_published_rule() -> None:
+    config = load_config()
+    assert seed_steps(config, lookup("walker-walk").spec) == 2500
+    assert seed_steps(config, lookup("mw-assembly").spec) == 1000
+
+
+def test_resuming_something_else_says_what_differs(tmp_path: Path) -> None:
+    begin(tmp_path).run(120, Watcher())
+    with pytest.raises(ConfigError, match="size is 5, was 1"):
+        begin(tmp_path, size=5)
+    with pytest.raises(ConfigError, match=r"config\.train\.lr is 0\.001, was 0\.0003"):
+        begin(tmp_path, settings=[*SMALL, "train.lr=0.001"])
+    with pytest.raises(ConfigError, match="num_envs is 2, was 1"):
+        begin(tmp_path, num_envs=2)
+    resume = resume_folder(Store(tmp_path, "pointmass"))
+    moved = resume_folder(Store(tmp_path, "cartpole-balance"))
+    moved.parent.mkdir(parents=True)
+    resume.rename(moved)
+    with pytest.raises(ConfigError, match="task is cartpole-balance, was pointmass"):
+        begin_training(Store(tmp_path, "cartpole-balance"), choose_runtime("cpu", "fp32"), steps=5000, seed=0)
+
+
+def test_options_left_out_are_those_of_the_saved_training(tmp_path: Path) -> None:
+    begin(tmp_path, num_envs=2).run(120, Watcher())
+    continued = begin(tmp_path, settings=[])
+    assert continued.facts.num_envs == 2 and continued.config.train.batch_size == 8
+
+
+def test_nothing_is_overwritten_or_made_up(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no training to resume"):
+        begin(tmp_path, resume=True)
+    with pytest.raises(ConfigError, match="--steps must exceed the 80 random decisions"):
+        begin(tmp_path, steps=80)
+    with pytest.raises(ConfigError, match="--size must be one of 1, 5, 19, 48, 317, got 2"):
+        begin(tmp_path, size=2)
+    begin(tmp_path).run(120, Watcher())
+    before = (teacher(tmp_path) / "model.safetensors").read_bytes()
+    resume_folder(Store(tmp_path, "pointmass")).rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="holds a teacher that no training can continue"):
+        begin(tmp_path)
+    begin(tmp_path, resume=False)
+    assert (teacher(tmp_path) / "model.safetensors").read_bytes() == before  # until the new training's first checkpoint
+
+
+def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
+    begin(tmp_path).run(120, Watcher())
+    state = resume_folder(Store(tmp_path, "pointmass")) / "state.safetensors"
+    whole = state.read_bytes()
+    for damaged in (whole[:100], b"", whole[: len(whole) // 2]):
+        state.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            begin(tmp_path)
+    state.write_bytes(whole)
+    shard = next((state.parent / "replay").glob("*.h5"))
+    shard.write_bytes(shard.read_bytes()[:200])
+    with pytest.raises(DatasetError, match=shard.name):
+        begin(tmp_path)
+
+
+@pytest.mark.parametrize("broken", ["loss", "weights"])
+def test_divergence_leaves_a_diagnosis_and_names_the_checkpoint(tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = begin(tmp_path)
+    trainer.run(160, Watcher())
+    good = (resume_folder(Store(tmp_path, "pointmass")) / "state.safetensors").read_bytes()
+    if broken == "loss":
+        update = trainer.learner.update
+        nan = torch.tensor(float("nan"))
+        monkeypatch.setattr(trainer.learner, "update", lambda batch: UpdateInfo(*[*update(batch)[:4], nan, *update(batch)[5:]]))
+        expected = "total_loss is nan"
+    else:
+        with torch.no_grad():
+            trainer.model.pi_net[0].weight[0, 0] = float("nan")
+        expected = "actions that are not finite"
+    with pytest.raises(TrainingDiverged, match=f"{expected}.*after 160 decisions, is intact"):
+        trainer.run(STEPS, Watcher())
+    folder = resume_folder(Store(tmp_path, "pointmass"))
+    diagnosis = json.loads((folder / "diagnosis.json").read_text())
+    assert expected in diagnosis["what"] and diagnosis["counters"]["decisions"] >= 160
+    assert (folder / "state.safetensors").read_bytes() == good
+    begin(tmp_path).run(STEPS, Watcher())  # the checkpoint was good
