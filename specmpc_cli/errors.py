@@ -25,6 +25,10 @@ class DatasetError(SpecMPCError):
     """A dataset that is missing, foreign, damaged or of another teacher."""
 
 
+class ActionNotFinite(SpecMPCError):
+    """An actor whose action is not a number: its weights are damaged or diverged."""
+
+
 class TrainingDiverged(SpecMPCError):
     """Losses, gradients or actions of a training that are not finite."""
 

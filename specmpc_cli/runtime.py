@@ -35,7 +35,7 @@ class Purpose(StrEnum):
 def env_seed(purpose: Purpose, seed: int, episode: int) -> int:
     """Environment seed of an episode: base[purpose] + seed·10⁴ + episode, below 2³². Raises ConfigError outside the disjoint ranges.
 
-    Only a long training runs more than 10⁴ episodes; it goes on into the numbers of the next seeds' trainings, never into another purpose's.
+    Only a long training runs more than 10⁴ episodes; it goes on into the numbers of the next seeds' trainings, not of other purposes.
     """
     if not 0 <= seed < SEEDS:
         raise ConfigError(f"--seed must lie in 0..{SEEDS - 1}, got {seed}")

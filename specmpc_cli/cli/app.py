@@ -21,7 +21,16 @@ from specmpc_cli.cli.options import (
     TaskOption,
     common_options,
 )
-from specmpc_cli.cli.session import describe, envs_for, matching_correctors, open_store, output_for, parse_horizons, prepare_planner, runtime_for
+from specmpc_cli.cli.session import (
+    describe,
+    envs_for,
+    matching_correctors,
+    open_store,
+    output_for,
+    parse_horizons,
+    prepare_planner,
+    runtime_for,
+)
 from specmpc_cli.errors import ConfigError, GateFailed, SpecMPCError
 
 if TYPE_CHECKING:
@@ -127,7 +136,8 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Decisions to train for, those already made included.")] = 100_000,
     num_envs: Annotated[int | None, typer.Option(min=1, max=1024, help="Environments that act side by side; 1 if left out.")] = None,
     resume: Annotated[
-        bool | None, typer.Option("--resume/--fresh", help="Insist on a training to continue, or begin anew; continues if it can if left out.")
+        bool | None,
+        typer.Option("--resume/--fresh", help="Insist on continuing, or begin anew; left out, it continues if it can."),
     ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard files.")] = False,
     preset: PresetOption = None,
@@ -137,7 +147,8 @@ def train(
     from specmpc_cli.cli.progress import TrainingDisplay
     from specmpc_cli.workflows.store import Store
     from specmpc_cli.workflows.tensorboard import TensorBoardLog
-    from specmpc_cli.workflows.train import Watcher, begin_training, training_report
+    from specmpc_cli.workflows.train import begin_training, training_report
+    from specmpc_cli.workflows.training import Watcher
 
     out = output_for(common)
     store = Store(common.store, task, common.name)
@@ -155,7 +166,8 @@ def train(
     )
     begun = trainer.counters.decisions
     if begun >= steps:
-        raise ConfigError(f"nothing to do: {store.task} is trained for {begun} decisions already; ask for more with --steps, or use --fresh")
+        raise ConfigError(f"nothing to do: {store.task} has {begun} decisions of training already; ask for more --steps, or use --fresh")
+
     out.note(
         f"task: {store.task} · {trainer.facts.size}M model · {describe(runtime)} · "
         + (f"continues after {begun} decisions" if begun else "begins anew")
@@ -173,8 +185,10 @@ def train(
     with display.running():
         trainer.run(steps, Watcher(display.show, keep))
     report = training_report(trainer, store)
-    rate, minutes = (report["decisions"] - begun) / report["seconds_this_time"], report["seconds"] / 60
-    out.say(f"trained {store.task} for {report['decisions']} decisions and {report['updates']} updates in {minutes:.0f} min ({rate:.1f} decisions/s)")
+    rate = (report["decisions"] - begun) / report["seconds_this_time"]
+    out.say(
+        f"trained: {report['decisions']} decisions, {report['updates']} updates, {report['seconds'] / 60:.0f} min; {rate:.1f} decisions/s"
+    )
     out.say(f"last evaluation: return {report['return_mean']:.1f} over {len(report['returns'])} episodes")
     out.say(f"teacher: {report['path']}")
     out.say(f"curve:   {report['curve']}")

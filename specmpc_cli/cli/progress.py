@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from specmpc_cli.cli.console import Output
 
 if TYPE_CHECKING:
-    from specmpc_cli.workflows.train import Progress, Trainer
+    from specmpc_cli.workflows.training import Progress, Trainer
 
 _LINE_SECONDS = 60.0  # between lines where there is no terminal to redraw
 _RATE_SECONDS = 30.0  # the stretch over which decisions per second are taken

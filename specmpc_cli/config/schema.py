@@ -88,7 +88,7 @@ class TrainConfig(Section):
 
     batch_size: int = Field(default=256, ge=1, description="slices per update")
     horizon: int = Field(default=3, ge=1, le=50, description="transitions per slice: the length of the latent rollout")
-    rho: float | None = Field(default=None, gt=0, le=1, description="weight of a step over the one before; 0.5, or 0.7 if the task terminates")
+    rho: float | None = Field(default=None, gt=0, le=1, description="weight of a step over the last; 0.5, or 0.7 if the task terminates")
     consistency_coef: float = Field(default=20.0, ge=0)
     reward_coef: float = Field(default=0.1, ge=0)
     value_coef: float = Field(default=0.1, ge=0)

@@ -34,9 +34,11 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_world_model(model: WorldModel, path: Path) -> str:
-    """Writes the weights and returns their SHA-256."""
-    return _save(model.state_dict(), path, {"kind": TEACHER_KIND})
+def save_world_model(model: WorldModel, path: Path, dtype: torch.dtype = torch.float32) -> str:
+    """Writes the weights, rounded to `dtype`, and returns the SHA-256 of what `load_world_model` will give back (always fp32)."""
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    _save(state, path, {"kind": TEACHER_KIND})
+    return weights_sha256({name: tensor.float() for name, tensor in state.items()})
 
 
 def load_world_model(path: Path) -> tuple[WorldModel, str]:

@@ -66,7 +66,7 @@ class QEnsemble(nn.Module):
         )
 
     def logits(self, x: Tensor, head: int | Tensor | None, mask: Tensor | None = None) -> Tensor:
-        """x [B, N, Z+A] → [B, N, bins] of one head: the same for all rows, or one per row [B]. None: x [1, N, Z+A] → all heads' [E, N, bins].
+        """x [B, N, Z+A] → [B, N, bins] of one head: the same for all rows, or one per row [B]. None: [1, N, Z+A] → all heads, [E, N, bins].
 
         `mask` multiplies the first layer's features (dropout, while training).
         """

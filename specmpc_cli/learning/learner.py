@@ -118,9 +118,7 @@ class Learner:
     def step(self, batch: Batch, noise: UpdateNoise) -> UpdateInfo:
         """One update with these draws."""
         clip = self._settings.grad_clip_norm
-        autocast = torch.autocast(
-            self._runtime.device.type, torch.bfloat16, enabled=self._runtime.dtype is torch.bfloat16
-        )
+        autocast = torch.autocast(self._runtime.device.type, torch.bfloat16, enabled=self._runtime.dtype is torch.bfloat16)
         # World model.
         with autocast:
             loss = self._kernels.world_model(self.model, batch, noise, self._losses)
@@ -140,8 +138,9 @@ class Learner:
 
         # Target heads.
         with torch.no_grad():
-            target, source = list(self.model.q_target.parameters()), list(self.model.q.parameters())
-            torch._foreach_lerp_(target, source, self._losses.tau)
+            heads: list[Tensor] = list(self.model.q.parameters())
+            targets: list[Tensor] = list(self.model.q_target.parameters())
+            torch._foreach_lerp_(targets, heads, self._losses.tau)
         return UpdateInfo(
             loss.consistency,
             loss.reward,

@@ -113,7 +113,7 @@ def policy_loss(model: WorldModel, z: Tensor, noise: UpdateNoise, scale: Tensor,
     action = torch.tanh(mean + noise.pi_eps * torch.exp(log_std))
     gaussian = (-0.5 * noise.pi_eps.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)  # [H+1, B]
     entropy = -(gaussian - torch.log(F.relu(1 - action.square()) + 1e-6).sum(-1))
-    scaled_entropy = -gaussian * action.shape[-1]  # of the Gaussian before squashing, times the action dimensions, as the official code has it
+    scaled_entropy = -gaussian * action.shape[-1]  # before squashing, times A, as the official code has it
 
     za = torch.cat([z, action], dim=-1).flatten(0, 1)
     values = model.decode(model.q.drawn_logits(za, noise.pi_q_index, noise.pi_q_mask)).mean(0).view_as(entropy)  # [H+1, B]

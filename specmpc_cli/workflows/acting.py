@@ -12,12 +12,12 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from specmpc_cli.config.schema import Config, PlannerConfig
+from specmpc_cli.engine.actors import PolicyActor
 from specmpc_cli.engine.batched_planner import BatchedPlanner
 from specmpc_cli.engine.compiled import batch_sizes_for, kernels_for
 from specmpc_cli.engine.correctors import CORRECTORS
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import PlannerSettings
-from specmpc_cli.engine.actors import PolicyActor
 from specmpc_cli.engine.runner import SpeculativeRunner
 from specmpc_cli.errors import CheckpointError, ConfigError
 from specmpc_cli.runtime import Runtime

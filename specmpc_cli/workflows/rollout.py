@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from specmpc_cli.envs.vector import VectorEnv
+from specmpc_cli.errors import ActionNotFinite
 from specmpc_cli.runtime import Purpose, Stopwatch, env_seed, stream_key
 from specmpc_cli.types import Actor, Decision, StepLog
 
@@ -110,6 +111,9 @@ def rollout(
         max_steps: cuts every episode short (latency passes).
         on_step: sees each row's step; on_episode: sees each finished episode.
         on_latency: milliseconds of each `act` call, device synchronised: observation in, action out.
+
+    Raises:
+        ActionNotFinite: the actor's action is not a number.
     """
     batch = _Batch(actor, envs, episodes, device)
     clock = Stopwatch(device)
@@ -119,6 +123,10 @@ def rollout(
         actions = action.cpu().numpy()
         if on_latency is not None:
             on_latency(clock.stop_ms())
+        if not np.isfinite(actions).all():
+            raise ActionNotFinite(
+                f"{envs.spec.task}: actions that are not finite; the model's weights are damaged or its training diverged"
+            )
         step = envs.step([row.env for row in batch.running], actions)
         log = log.cpu()
         ended = []

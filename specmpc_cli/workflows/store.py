@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from specmpc_cli.config.presets import load_config, read_yaml, zoo_root
@@ -122,13 +123,19 @@ class Store:
             f"import one with 'specmpc import FILE --task {self.task}'"
         )
 
-    def save_teacher(self, model: WorldModel, config: dict[str, Any], metrics: list[dict[str, Any]]) -> Path:
-        """Writes the teacher's three files, the weights last: a teacher is there when its weights are."""
+    def save_teacher(
+        self, model: WorldModel, config: dict[str, Any], metrics: list[dict[str, Any]], dtype: torch.dtype = torch.float32
+    ) -> Path:
+        """Writes the teacher's three files, the weights (in `dtype`) last: a teacher is there when its weights are."""
         folder = self.folder / "teacher"
         write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         write_whole(folder / "metrics.jsonl", _jsonl(metrics))
-        save_world_model(model, folder / "model.safetensors")
+        save_world_model(model, folder / "model.safetensors", dtype)
         return folder
+
+    def resume_folder(self) -> Path:
+        """What a training of this store's teacher continues from."""
+        return self.folder / "teacher" / "resume"
 
     def has_teacher(self) -> bool:
         """Whether this store has a teacher of its own for the task."""

@@ -16,11 +16,35 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from specmpc_cli.config.presets import validate
+from specmpc_cli.config.schema import Config
 from specmpc_cli.data.replay import ReplayEpisode, read_replay_shards, write_replay_shard
 from specmpc_cli.errors import CheckpointError
 from specmpc_cli.files import write_whole
 
 KIND = "specmpc-training"
+
+
+def kept_config(config: Config) -> dict[str, Any]:
+    """The part of a config that a training depends on."""
+    return config.model_dump(mode="json", include={"planner", "train"})
+
+
+@dataclass(frozen=True, slots=True)
+class TrainFacts:
+    """What a training is; continuing it needs the same."""
+
+    task: str
+    size: int
+    seed: int
+    num_envs: int
+    config: dict[str, Any]
+
+    def differences(self, other: TrainFacts) -> list[str]:
+        """`size is 5, was 1` for everything in which `other` (the saved training) differs."""
+        mine, theirs = _flat(asdict(self)), _flat(asdict(other))
+        keys = sorted(mine.keys() | theirs.keys())
+        return [f"{key} is {mine.get(key)}, was {theirs.get(key)}" for key in keys if mine.get(key) != theirs.get(key)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +62,7 @@ class Counters:
 class SavedTraining:
     """A checkpoint of a training: its facts, and how far it was."""
 
-    facts: dict[str, Any]  # task, size, seed, num_envs, config: what must not change when it continues
+    facts: TrainFacts
     counters: Counters
 
 
@@ -65,7 +89,7 @@ class ResumeFolder:
         """Writes the episodes since the last checkpoint, then the state: a checkpoint is there when its state is."""
         if new_episodes:
             write_replay_shard(self.path / "replay", new_episodes)
-        metadata = {"kind": KIND, "facts": json.dumps(training.facts), "counters": json.dumps(asdict(training.counters))}
+        metadata = {"kind": KIND, "facts": json.dumps(asdict(training.facts)), "counters": json.dumps(asdict(training.counters))}
         write_whole(self.state_file, save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata))
 
     def load(self) -> tuple[SavedTraining, dict[str, Tensor], list[ReplayEpisode]]:
@@ -77,7 +101,20 @@ class ResumeFolder:
         try:
             with safe_open(self.state_file, framework="pt") as file:
                 metadata = file.metadata() or {}
-                training = SavedTraining(json.loads(metadata["facts"]), Counters(**json.loads(metadata["counters"])))
+                training = SavedTraining(_facts(json.loads(metadata["facts"])), Counters(**json.loads(metadata["counters"])))
                 return training, read(file)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             raise CheckpointError(f"{self.state_file} is damaged; start over with --fresh") from None
+
+
+def _facts(values: dict[str, Any]) -> TrainFacts:
+    """Facts as they were saved; settings that are newer than they have their defaults."""
+    return TrainFacts(**{**values, "config": kept_config(validate(values["config"], "the saved training"))})
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `a.b`: value."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out

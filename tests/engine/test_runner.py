@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from specmpc_cli.engine.actors import PolicyActor
 from specmpc_cli.engine.batched_planner import BatchedPlanner
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import PlannerSettings, plan
-from specmpc_cli.engine.actors import PolicyActor
 from specmpc_cli.engine.runner import SpeculativeRunner
 from specmpc_cli.types import Decision, ReplanReason, Rows, RunnerState, StepLog
 from tests.conftest import make_model

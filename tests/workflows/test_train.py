@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,29 @@ from safetensors.torch import load_file
 from specmpc_cli.config.presets import load_config
 from specmpc_cli.data.replay import read_replay_shards
 from specmpc_cli.engine.checkpoint import load_world_model
+from specmpc_cli.engine.world_model import MODEL_SIZES
 from specmpc_cli.envs.registry import lookup
-from specmpc_cli.errors import CheckpointError, ConfigError, DatasetError, TrainingDiverged
+from specmpc_cli.errors import ActionNotFinite, CheckpointError, ConfigError, DatasetError, TrainingDiverged
 from specmpc_cli.learning.learner import UpdateInfo
 from specmpc_cli.runtime import choose_runtime
 from specmpc_cli.workflows.store import Store
-from specmpc_cli.workflows.train import Progress, Trainer, Watcher, begin_training, resume_folder, seed_steps
+from specmpc_cli.workflows.train import begin_training
+from specmpc_cli.workflows.training import Progress, Trainer, Watcher, seed_steps
 
 SMALL = [
     "train.seed_steps=80", "train.seed_updates=4", "train.updates_per_decision=0.25", "train.batch_size=8", "train.eval_every=80",
-    "train.eval_episodes=2", "train.checkpoint_seconds=0", "planner.num_samples=16", "planner.num_elites=4", "planner.num_pi_trajs=4",
+    "train.eval_episodes=1", "train.checkpoint_seconds=0", "planner.num_samples=16", "planner.num_elites=4", "planner.num_pi_trajs=4",
     "planner.iterations=2",
 ]  # fmt: skip
 STEPS = 240  # six episodes of 40 decisions, two of them random
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_models() -> Iterator[None]:
+    """Size 1 is tiny here: what is tested does not depend on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODEL_SIZES, 1, {"enc_dim": 32, "num_enc_layers": 2, "mlp_dim": 32, "latent_dim": 16, "num_q": 2})
+        yield
 
 
 class Killed(Exception):
@@ -76,7 +87,7 @@ def test_phases_updates_and_evaluations_come_when_they_should(straight: Path) ->
     assert [line["updates"] for line in episodes] == [0, 0, 14, 24, 34, 44]  # 4 at once, then one for every fourth decision
     assert all("value_loss" in line for line in episodes[2:])
     evaluations = [line for line in lines(straight) if line["event"] == "eval"]
-    assert [line["decisions"] for line in evaluations] == [80, 160, 240] and all(len(line["returns"]) == 2 for line in evaluations)
+    assert [line["decisions"] for line in evaluations] == [80, 160, 240] and all(len(line["returns"]) == 1 for line in evaluations)
 
 
 def test_the_teacher_is_there_with_its_config_and_curve(straight: Path) -> None:
@@ -89,7 +100,7 @@ def test_the_teacher_is_there_with_its_config_and_curve(straight: Path) -> None:
     assert (teacher(straight) / "training.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("when", [30, 81, 119, 163, 201])
+@pytest.mark.parametrize("when", [30, 81, 163])
 def test_killed_at_any_decision_it_continues_bit_for_bit(tmp_path: Path, straight: Path, when: int) -> None:
     def kill(progress: Progress) -> None:
         if progress.decisions == when:
@@ -137,11 +148,11 @@ def test_speculative_acting_plans_less(tmp_path: Path) -> None:
 
 def test_it_learns_pointmass(tmp_path: Path) -> None:
     """Real learning, in small: better than random by far after 400 decisions."""
-    settings = ["train.seed_steps=200", "train.batch_size=32", "train.seed_updates=100", "train.updates_per_decision=0.5",
+    settings = ["train.seed_steps=400", "train.batch_size=64", "train.seed_updates=300", "train.updates_per_decision=1", "train.lr=0.001",
                 "planner.num_samples=64", "planner.num_elites=8", "planner.num_pi_trajs=8", "planner.iterations=3",
                 "train.eval_every=1000"]  # fmt: skip
-    begin(tmp_path, settings=settings, steps=480).run(480, Watcher())
-    random = np.mean([line["return"] for line in lines(tmp_path) if line["event"] == "episode"][:5])
+    begin(tmp_path, settings=settings, steps=800).run(800, Watcher())
+    random = np.mean([line["return"] for line in lines(tmp_path) if line["event"] == "episode"][:10])
     assert lines(tmp_path)[-1]["return_mean"] > random + 5
 
 
@@ -159,8 +170,8 @@ def test_resuming_something_else_says_what_differs(tmp_path: Path) -> None:
         begin(tmp_path, settings=[*SMALL, "train.lr=0.001"])
     with pytest.raises(ConfigError, match="num_envs is 2, was 1"):
         begin(tmp_path, num_envs=2)
-    resume = resume_folder(Store(tmp_path, "pointmass"))
-    moved = resume_folder(Store(tmp_path, "cartpole-balance"))
+    resume = Store(tmp_path, "pointmass").resume_folder()
+    moved = Store(tmp_path, "cartpole-balance").resume_folder()
     moved.parent.mkdir(parents=True)
     resume.rename(moved)
     with pytest.raises(ConfigError, match="task is cartpole-balance, was pointmass"):
@@ -182,7 +193,7 @@ def test_nothing_is_overwritten_or_made_up(tmp_path: Path) -> None:
         begin(tmp_path, size=2)
     begin(tmp_path).run(120, Watcher())
     before = (teacher(tmp_path) / "model.safetensors").read_bytes()
-    resume_folder(Store(tmp_path, "pointmass")).rename(tmp_path / "elsewhere")
+    Store(tmp_path, "pointmass").resume_folder().rename(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="holds a teacher that no training can continue"):
         begin(tmp_path)
     begin(tmp_path, resume=False)
@@ -191,7 +202,7 @@ def test_nothing_is_overwritten_or_made_up(tmp_path: Path) -> None:
 
 def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
     begin(tmp_path).run(120, Watcher())
-    state = resume_folder(Store(tmp_path, "pointmass")) / "state.safetensors"
+    state = Store(tmp_path, "pointmass").resume_folder() / "state.safetensors"
     whole = state.read_bytes()
     for damaged in (whole[:100], b"", whole[: len(whole) // 2]):
         state.write_bytes(damaged)
@@ -204,23 +215,27 @@ def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
         begin(tmp_path)
 
 
-@pytest.mark.parametrize("broken", ["loss", "weights"])
+@pytest.mark.parametrize("broken", ["loss", "action"])
 def test_divergence_leaves_a_diagnosis_and_names_the_checkpoint(tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = begin(tmp_path)
     trainer.run(160, Watcher())
-    good = (resume_folder(Store(tmp_path, "pointmass")) / "state.safetensors").read_bytes()
+    good = (Store(tmp_path, "pointmass").resume_folder() / "state.safetensors").read_bytes()
     if broken == "loss":
         update = trainer.learner.update
         nan = torch.tensor(float("nan"))
         monkeypatch.setattr(trainer.learner, "update", lambda batch: UpdateInfo(*[*update(batch)[:4], nan, *update(batch)[5:]]))
         expected = "total_loss is nan"
     else:
-        with torch.no_grad():
-            trainer.model.pi_net[0].weight[0, 0] = float("nan")
-        expected = "actions that are not finite"
+
+        def rollout(*args: Any, **options: Any) -> None:
+            raise ActionNotFinite("see tests/workflows/test_rollout.py")
+
+        monkeypatch.setattr("specmpc_cli.workflows.training.rollout", rollout)
+        expected = "an action is not finite"
     with pytest.raises(TrainingDiverged, match=f"{expected}.*after 160 decisions, is intact"):
         trainer.run(STEPS, Watcher())
-    folder = resume_folder(Store(tmp_path, "pointmass"))
+    monkeypatch.undo()
+    folder = Store(tmp_path, "pointmass").resume_folder()
     diagnosis = json.loads((folder / "diagnosis.json").read_text())
     assert expected in diagnosis["what"] and diagnosis["counters"]["decisions"] >= 160
     assert (folder / "state.safetensors").read_bytes() == good
