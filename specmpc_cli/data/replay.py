@@ -7,6 +7,7 @@ final observation alone. Slices are drawn within one episode, so they never cros
 from __future__ import annotations
 
 import contextlib
+import io
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from specmpc_cli.errors import DatasetError
-from specmpc_cli.files import make_folder, replacing
+from specmpc_cli.files import write_whole
 
 _COLUMNS = ("obs", "action", "reward", "terminated")
 
@@ -104,16 +105,18 @@ class Replay:
 
 def write_replay_shard(folder: Path, episodes: Sequence[ReplayEpisode]) -> Path:
     """Writes consecutive episodes as one shard that appears whole. Raises StoreError."""
-    make_folder(folder)
     first, last = episodes[0].index, episodes[-1].index
     assert [episode.index for episode in episodes] == list(range(first, last + 1))
     path = folder / f"episodes-{first:07d}-{last:07d}.h5"
-    with replacing(path) as beside, h5py.File(beside, "w") as file:
+    # In memory first: on a full disk HDF5 itself would complain on standard error, write_whole raises one clear error.
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
         for name in _COLUMNS:
             values = np.concatenate([getattr(episode, name) for episode in episodes])
             file.create_dataset(name, data=values, dtype=np.float32, chunks=True, compression="lzf", fletcher32=True)
         file.create_dataset("decisions", data=[len(episode) for episode in episodes])
         file.attrs["first"] = first
+    write_whole(path, buffer.getvalue())
     return path
 
 

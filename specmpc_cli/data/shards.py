@@ -6,6 +6,7 @@ own shards, and an episode that two of them wrote counts once.
 
 from __future__ import annotations
 
+import io
 import json
 import uuid
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 
 from specmpc_cli.data.tuples import SCHEMA_VERSION, Behaviour, TupleDims
 from specmpc_cli.errors import DatasetError
-from specmpc_cli.files import make_folder, replacing
+from specmpc_cli.files import make_folder, replacing, write_whole
 
 INDEX = "index.h5"
 EpisodeKey = tuple[int, int, int]  # seed, round, episode
@@ -72,13 +73,15 @@ class ShardWriter:
     def write(self, columns: Mapping[str, np.ndarray], *, round_: int, episode: int) -> Path:
         """Writes an episode's columns [rows, ...] as the next shard."""
         path = self._folder / f"shard-{self._writer}-{self._count:05d}.h5"
-        with replacing(path) as beside, h5py.File(beside, "w") as file:
+        buffer = io.BytesIO()  # on a full disk HDF5 itself would complain on standard error
+        with h5py.File(buffer, "w") as file:
             for name, values in columns.items():
                 file.create_dataset(name, data=values, dtype=np.float32, chunks=True, compression="lzf", fletcher32=True)
             for name, value in self._facts.attributes().items():
                 file.attrs[name] = value
             file.attrs["seed"], file.attrs["round"], file.attrs["episode"] = self._seed, round_, episode
             file.attrs["versions"] = self._versions
+        write_whole(path, buffer.getvalue())
         self._count += 1
         return path
 

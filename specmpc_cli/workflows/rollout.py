@@ -124,9 +124,7 @@ def rollout(
         if on_latency is not None:
             on_latency(clock.stop_ms())
         if not np.isfinite(actions).all():
-            raise ActionNotFinite(
-                f"{envs.spec.task}: actions that are not finite; the model's weights are damaged or its training diverged"
-            )
+            raise ActionNotFinite(f"{envs.spec.task}: an action is not finite; the model's weights are damaged or its training diverged")
         step = envs.step([row.env for row in batch.running], actions)
         log = log.cpu()
         ended = []

@@ -25,7 +25,7 @@ from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.runner import SpeculativeRunner
 from specmpc_cli.engine.world_model import MODEL_SIZES, WorldModel, WorldModelDims
 from specmpc_cli.envs.vector import VectorEnv
-from specmpc_cli.errors import ActionNotFinite, TrainingDiverged
+from specmpc_cli.errors import ActionNotFinite, StoreError, TrainingDiverged
 from specmpc_cli.files import write_whole
 from specmpc_cli.learning.learner import Learner, LearnerSettings, UpdateInfo
 from specmpc_cli.learning.losses import Batch, LossSettings
@@ -204,7 +204,11 @@ class Trainer:
         """Writes everything that continuing needs, and the teacher as it is now."""
         if self._last is not None:
             self._expect_finite(self._last, None)
-        self._resume.save(SavedTraining(self.facts, self.counters), self.learner.state_dict(), self._unsaved)
+        try:
+            self._resume.save(SavedTraining(self.facts, self.counters), self.learner.state_dict(), self._unsaved)
+        except StoreError as error:
+            kept = f"the checkpoint after {self.checkpointed} decisions is intact" if self.checkpointed else "there is no checkpoint yet"
+            raise StoreError(f"{error}; {kept}, and the same command without --fresh continues") from None
         self._unsaved = []
         folder = self._store.save_teacher(self.model, self._teacher_config(), self.metrics, TEACHER_DTYPE)
         if any(line["event"] == "eval" for line in self.metrics[self._drawn :]):

@@ -55,14 +55,13 @@ def test_the_index_shows_all_shards_as_one(tmp_path: Path) -> None:
 def test_a_crash_while_writing_leaves_the_earlier_shards_and_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = ShardWriter(tmp_path, FACTS, seed=0, versions={})
     writer.write(columns(3), round_=1, episode=0)
-    create = h5py.Group.create_dataset
+    write = Path.write_bytes
 
-    def fail_midway(group: h5py.Group, name: str, *args: object, **options: object) -> object:
-        if name == "reward":
-            raise OSError(28, "No space left on device")
-        return create(group, name, *args, **options)
+    def fail_midway(path: Path, data: bytes) -> int:
+        write(path, data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(h5py.Group, "create_dataset", fail_midway)
+    monkeypatch.setattr(Path, "write_bytes", fail_midway)
     with pytest.raises(StoreError, match="No space left"):
         writer.write(columns(3), round_=1, episode=1)
     monkeypatch.undo()

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
+from specmpc_cli.engine.actors import PlanlessActor
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.runner import SpeculativeRunner
-from specmpc_cli.errors import ConfigError
+from specmpc_cli.errors import ActionNotFinite, ConfigError
 from specmpc_cli.runtime import Purpose, env_seed, stream_key
 from specmpc_cli.workflows.rollout import Episode, Transition, rollout
 from tests.fakes import CountingModel, ScriptedPlanner, counting_envs
@@ -88,3 +89,12 @@ def test_environment_seeds_and_streams_never_collide_across_purposes() -> None:
 def test_more_episodes_than_a_seed_has_are_refused() -> None:
     with pytest.raises(ConfigError, match="use another --seed"):
         env_seed(Purpose.COLLECT, 0, 10_000)
+
+
+def test_actions_that_are_not_finite_never_reach_the_simulator() -> None:
+    class Broken(PlanlessActor):
+        def choose(self, obs: torch.Tensor, state: object) -> torch.Tensor:
+            return torch.full((len(obs), 1), torch.nan)
+
+    with pytest.raises(ActionNotFinite, match="an action is not finite"):
+        rollout(Broken(CPU), counting_envs(1), episodes(5), device=CPU)

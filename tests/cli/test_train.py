@@ -1,0 +1,196 @@
+"""`specmpc train` as a user runs it: what it shows and leaves, and what happens when it is stopped or given nonsense."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from specmpc_cli.engine.world_model import MODEL_SIZES
+from tests.cli.conftest import Command
+
+SMALL = (
+    "train: {seed_steps: 80, seed_updates: 4, updates_per_decision: 0.1, batch_size: 8, eval_every: 80, eval_episodes: 1,"
+    " checkpoint_seconds: 0}\nplanner: {num_samples: 16, num_elites: 4, num_pi_trajs: 4, iterations: 2}\n"
+)
+
+
+@pytest.fixture
+def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODEL_SIZES, 1, {"enc_dim": 32, "num_enc_layers": 2, "mlp_dim": 32, "latent_dim": 16, "num_q": 2})
+
+
+@pytest.fixture
+def preset(tmp_path: Path) -> str:
+    (tmp_path / "small.yaml").write_text(SMALL)
+    return str(tmp_path / "small.yaml")
+
+
+@pytest.fixture
+def teacher(command: Command) -> Path:
+    return command.store / "pointmass" / "main" / "teacher"
+
+
+@pytest.mark.usefixtures("tiny_models")
+class TestInProcess:
+    def test_a_trained_teacher_is_used_by_the_other_commands(self, command: Command, teacher: Path, preset: str) -> None:
+        result = command("train", "--task", "pointmass", "--steps", "160", "--preset", preset)
+        assert result.code == 0, result.err
+        assert "after 80 decisions: evaluation return" in result.err and "trained: 160 decisions, 12 updates" in result.out
+        assert {path.name for path in teacher.iterdir()} == {"model.safetensors", "config.yaml", "metrics.jsonl", "training.png", "resume"}
+        config = yaml.safe_load((teacher / "config.yaml").read_text())
+        assert config["origin"]["made_by"] == "specmpc train" and config["train"]["batch_size"] == 8 and "versions" in config["origin"]
+        report = command("eval", "--mode", "baseline", "--episodes", "1", "--json").document
+        assert report["task"] == "pointmass" and report["teacher"]["source"] == "store"
+
+    def test_json_is_one_document_and_continuing_adds_to_it(self, command: Command, preset: str) -> None:
+        first = command("train", "--task", "pointmass", "--steps", "120", "--preset", preset, "--json").document
+        second = command("train", "--task", "pointmass", "--steps", "160", "--json").document
+        assert (first["decisions"], second["decisions"]) == (120, 160) and second["updates"] == 12
+        assert [line["decisions"] for line in second["evaluations"]] == [80, 120, 160]
+        assert second["sha256"] != first["sha256"]
+        assert command("eval", "--mode", "policy", "--episodes", "1", "--json").document["teacher"]["sha256"] == second["sha256"]
+
+    def test_more_of_the_same_is_refused_or_begun_anew(self, command: Command, teacher: Path, preset: str) -> None:
+        arguments = ("train", "--task", "pointmass", "--preset", preset, "--steps")
+        assert command(*arguments, "120").code == 0
+        assert "has 120 decisions of training already; ask for more --steps" in command.fails(*arguments, "120")
+        assert "size is 5, was 1" in command.fails(*arguments, "160", "--size", "5")
+        assert "seed is 3, was 0" in command.fails(*arguments, "160", "--seed", "3")
+        assert command(*arguments, "120", "--fresh").code == 0
+
+    def test_an_imported_teacher_is_not_overwritten(self, with_teacher: Command, preset: str) -> None:
+        weights = with_teacher.store / "pointmass/main/teacher/model.safetensors"
+        before = weights.read_bytes()
+        line = with_teacher.fails("train", "--task", "pointmass", "--preset", preset)
+        assert "train with another --name, or replace it with --fresh" in line and weights.read_bytes() == before
+        assert with_teacher("train", "--task", "pointmass", "--preset", preset, "--steps", "120", "--name", "own").code == 0
+        assert weights.read_bytes() == before
+
+    def test_nonsense_is_refused_before_anything_is_written(self, command: Command, preset: str) -> None:
+        for arguments, expected in (
+            (("--size", "7"), "--size must be one of 1, 5, 19, 48, 317, got 7"),
+            (("--steps", "50"), "--steps must exceed the 80 random decisions"),
+            (("--resume",), "there is no training to resume"),
+            (("--set", "train.lr=-1"), "train.lr"),
+            (("--set", "train.acting.num_samples=4"), "train.acting: num_pi_trajs (4) must be below"),
+            (("--set", "train.horizn=2"), "did you mean horizon"),
+        ):
+            assert expected in command.fails("train", "--task", "pointmass", "--preset", preset, *arguments)
+        assert not (command.store / "pointmass").exists()
+
+    def test_tensorboard_files_hold_the_metrics(self, command: Command, teacher: Path, preset: str) -> None:
+        pytest.importorskip("tensorboard", reason="needs the tensorboard extra")
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        assert command("train", "--task", "pointmass", "--steps", "120", "--preset", preset, "--tensorboard").code == 0
+        events = EventAccumulator(str(teacher / "tensorboard"))
+        events.Reload()
+        scalars = {event.step: event.value for event in events.Scalars("eval/return_mean")}
+        lines = [json.loads(line) for line in (teacher / "metrics.jsonl").read_text().splitlines()]
+        expected = {line["decisions"]: line["return_mean"] for line in lines if line["event"] == "eval"}
+        assert scalars == pytest.approx(expected)
+        assert "episode/value_loss" in events.Tags()["scalars"]
+
+    def test_without_tensorboard_the_remedy_is_named(self, command: Command, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        line = command.fails("train", "--task", "pointmass", "--preset", preset, "--steps", "120", "--tensorboard")
+        assert "pip install 'specmpc[tensorboard]'" in line
+
+
+@pytest.fixture
+def run(command: Command, preset: str) -> Iterator[object]:
+    """Starts `specmpc train` as a process of its own."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(steps: int, limit: int | None = None) -> subprocess.Popen[str]:
+        def limit_files() -> None:
+            if limit is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        arguments = ["train", "--task", "pointmass", "--steps", str(steps), "--preset", preset, "--store", str(command.store)]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "specmpc_cli", *arguments],
+            env=os.environ | {"SPECMPC_COMPILE": "0"},
+            preexec_fn=limit_files,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Waits until the file is there; fails if the process ends before."""
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_by_a_signal_it_ends_where_an_uninterrupted_training_ends(
+    command: Command, teacher: Path, run, how: signal.Signals
+) -> None:
+    process = run(100_000)
+    wait_for(teacher / "resume" / "state.safetensors", process)
+    time.sleep(0.3)
+    process.send_signal(how)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (130 if how == signal.SIGINT else -9), err
+    if how == signal.SIGINT:
+        assert "Traceback" not in err and "--resume continues there" in err
+    done = run(200)
+    _, err = done.communicate(timeout=300)
+    if done.returncode == 2:  # it was quicker than the signal
+        assert "ask for more --steps" in err
+        pytest.skip("the training passed its 200 decisions before the signal came")
+    assert done.returncode == 0, err
+    state = (teacher / "model.safetensors").read_bytes()
+    fresh = command.store / "fresh"
+    straight = subprocess.run(
+        [*done.args[:-1], str(fresh)], env=os.environ | {"SPECMPC_COMPILE": "0"}, capture_output=True, text=True, check=False
+    )
+    assert straight.returncode == 0, straight.stderr
+    assert (fresh / "pointmass/main/teacher/model.safetensors").read_bytes() == state
+
+
+@pytest.mark.parametrize("limit", [3_000, 1_000_000])
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_to_continue(teacher: Path, run, limit: int) -> None:
+    """A limit on file sizes stands for the full disk: first the replay's shard does not fit, then only the state."""
+    first = run(120)
+    assert first.wait(timeout=120) == 0
+    state = (teacher / "resume" / "state.safetensors").read_bytes()
+    full = run(200, limit)
+    _, err = full.communicate(timeout=120)
+    assert full.returncode == 2 and "Traceback" not in err, err
+    assert "the checkpoint after 120 decisions is intact" in err and "continues" in err
+    assert (teacher / "resume" / "state.safetensors").read_bytes() == state
+    assert not list(teacher.rglob("*.part"))
+    again = run(200)
+    _, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+
+
+def test_tensorboard_is_an_extra_not_a_need() -> None:
+    """Importing the command's modules must not import TensorBoard."""
+    code = "import sys, specmpc_cli.workflows.training, specmpc_cli.workflows.tensorboard; print('tensorboard' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False" and importlib.util.find_spec("specmpc_cli.workflows.tensorboard")
