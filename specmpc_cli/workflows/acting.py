@@ -19,6 +19,7 @@ from specmpc_cli.engine.correctors import CORRECTORS
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import PlannerSettings
 from specmpc_cli.engine.runner import SpeculativeRunner
+from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.errors import CheckpointError, ConfigError
 from specmpc_cli.runtime import Runtime
 from specmpc_cli.types import Actor, EnvSpec
@@ -75,6 +76,18 @@ def planner_settings(config: PlannerConfig, spec: EnvSpec) -> PlannerSettings:
     return PlannerSettings(discount=spec.discount, **{**values, "iterations": config.iterations + extra})
 
 
+def make_planner(model: WorldModel, config: PlannerConfig, spec: EnvSpec, runtime: Runtime, *, explore: bool = False) -> BatchedPlanner:
+    """A planner for this model, compiled as the runtime says; `explore` adds training noise."""
+    return BatchedPlanner(
+        model,
+        planner_settings(config, spec),
+        dtype=runtime.dtype,
+        kernels=kernels_for(runtime),
+        batch_sizes=batch_sizes_for(runtime),
+        explore=explore,
+    )
+
+
 class Workbench:
     """A teacher on a device, ready to act in any way. Its planner is built, and compiled, once."""
 
@@ -93,13 +106,7 @@ class Workbench:
 
     def planner_for(self, config: PlannerConfig) -> BatchedPlanner:
         """A planner of this teacher with these settings."""
-        return BatchedPlanner(
-            self.model,
-            planner_settings(config, self.spec),
-            dtype=self.runtime.dtype,
-            kernels=kernels_for(self.runtime),
-            batch_sizes=batch_sizes_for(self.runtime),
-        )
+        return make_planner(self.model, config, self.spec, self.runtime)
 
     def actor(self, way: Way) -> Actor[Any]:
         """An actor for this way. Raises CheckpointError for a corrector of another teacher."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from specmpc_cli.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 
@@ -47,15 +51,13 @@ def row_kind(row: Row) -> str:
 
 def plot_front(report: dict[str, Any], path: Path) -> None:
     """Draws the comparison as a PNG: return ratio with its paired interval against calls saved, and the Pareto front."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
     from matplotlib.transforms import ScaledTranslation
 
     rows = [row for row in report["rows"] if row["return_vs_baseline"] is not None]
-    figure, axes = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
+    figure = Figure(figsize=(8.5, 5.2), layout="constrained")
+    axes = figure.subplots()
     axes.axhline(1.0, color="#9ca3af", linewidth=1, linestyle=":")
     front = pareto_front(rows)
     axes.plot(
@@ -102,12 +104,7 @@ def plot_front(report: dict[str, Any], path: Path) -> None:
     bounds = [bound for row in rows for bound in (row["return_vs_baseline"], *(row["return_vs_baseline_ci95"] or ()))] or [0.0, 1.0]
     margin = 0.08 * (max(bounds) - min(bounds)) or 0.05
     axes.set_ylim(min(bounds) - 1.5 * margin, max(bounds) + margin)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.2)
-    axes.legend(fontsize=8, loc="lower left", frameon=False)
-    with replacing(path) as beside:
-        figure.savefig(beside, format="png", dpi=140)
-    plt.close(figure)
+    _save(figure, axes, path, legend="lower left")
 
 
 def plot_training(metrics: list[dict[str, Any]], task: str, path: Path, published: list[tuple[int, float]] | None = None) -> None:
@@ -117,16 +114,14 @@ def plot_training(metrics: list[dict[str, Any]], task: str, path: Path, publishe
         metrics: the lines of metrics.jsonl.
         published: (decisions, return) of a curve to draw beside it.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     score = "success" if any("success_rate" in line for line in metrics) else "return"
     episodes = [(line["decisions"], float(line[score])) for line in metrics if line["event"] == "episode"]
     name = "success_rate" if score == "success" else "return_mean"
     evaluations = [(line["decisions"], line[name]) for line in metrics if line["event"] == "eval"]
-    figure, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.4), layout="constrained")
+    axes = figure.subplots()
     if published:
         axes.plot(*zip(*published, strict=True), color="#111827", linestyle=":", marker="s", markersize=4, label="published (TD-MPC2, 5M)")
     if episodes:
@@ -136,9 +131,13 @@ def plot_training(metrics: list[dict[str, Any]], task: str, path: Path, publishe
     axes.set_title(f"{task}: training", loc="left", fontsize=11)
     axes.set_xlabel("decisions")
     axes.set_ylabel("success rate" if score == "success" else "episode return")
+    _save(figure, axes, path, legend="lower right")
+
+
+def _save(figure: Figure, axes: Axes, path: Path, *, legend: Literal["lower left", "lower right"]) -> None:
+    """The look that all plots share; writes the PNG whole."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)
-    axes.legend(fontsize=8, loc="lower right", frameon=False)
+    axes.legend(fontsize=8, loc=legend, frameon=False)
     with replacing(path) as beside:
         figure.savefig(beside, format="png", dpi=140)
-    plt.close(figure)

@@ -120,7 +120,7 @@ class Store:
                 return Teacher(model, sha256, source, folder, read_yaml(folder / "config.yaml"))
         raise CheckpointError(
             f"there is no teacher for {self.task}, neither in {self.folder} nor embedded; "
-            f"import one with 'specmpc import FILE --task {self.task}'"
+            f"train one with 'specmpc train --task {self.task}', or import one with 'specmpc import FILE --task {self.task}'"
         )
 
     def save_teacher(

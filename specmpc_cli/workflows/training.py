@@ -16,11 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from specmpc_cli.config.schema import Config, PlannerConfig
+from specmpc_cli.config.schema import Config
 from specmpc_cli.data.replay import Replay, ReplayEpisode
 from specmpc_cli.engine.actors import RandomActor
-from specmpc_cli.engine.batched_planner import BatchedPlanner
-from specmpc_cli.engine.compiled import batch_sizes_for, kernels_for
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.runner import SpeculativeRunner
 from specmpc_cli.engine.world_model import MODEL_SIZES, WorldModel, WorldModelDims
@@ -32,7 +30,7 @@ from specmpc_cli.learning.losses import Batch, LossSettings
 from specmpc_cli.runtime import Purpose, Runtime
 from specmpc_cli.types import Actor, EnvSpec
 from specmpc_cli.versions import versions
-from specmpc_cli.workflows.acting import planner_settings
+from specmpc_cli.workflows.acting import make_planner
 from specmpc_cli.workflows.plots import plot_training
 from specmpc_cli.workflows.rollout import Episode, EpisodeStats, Transition, rollout
 from specmpc_cli.workflows.store import Store, timestamp
@@ -86,8 +84,8 @@ class Trainer:
         rho = train.rho or (_RHO_EPISODIC if spec.episodic else _RHO)
         losses = LossSettings(discount=spec.discount, **{**_named(LossSettings, train), "rho": rho})
         self.learner = Learner(self.model, losses, LearnerSettings(**_named(LearnerSettings, train)), runtime, seed=facts.seed)
-        self._acting = self._planner(self.config.training_planner, explore=True)
-        self._planning = self._planner(self.config.planner, explore=False)
+        self._acting = make_planner(self.model, self.config.training_planner, spec, runtime, explore=True)
+        self._planning = make_planner(self.model, self.config.planner, spec, runtime)
         self.replay = Replay(spec.obs_dim, spec.action_dim, train.buffer_size, runtime.device)
         self._unsaved: list[ReplayEpisode] = []
         self._recent: list[UpdateInfo] = []  # since the last line of metrics
@@ -311,16 +309,6 @@ class Trainer:
         return TrainingDiverged(
             f"the training of {self.spec.task} diverged at decision {self.counters.decisions}: {what}; {last}; diagnosis: {path}; "
             "start over with --fresh and a lower --set train.lr, or another --seed"
-        )
-
-    def _planner(self, config: PlannerConfig, *, explore: bool) -> BatchedPlanner:
-        return BatchedPlanner(
-            self.model,
-            planner_settings(config, self.spec),
-            dtype=self.runtime.dtype,
-            kernels=kernels_for(self.runtime),
-            batch_sizes=batch_sizes_for(self.runtime),
-            explore=explore,
         )
 
 
