@@ -37,5 +37,9 @@ class StoreError(SpecMPCError):
     """The store cannot be read or written."""
 
 
+class Interrupted(SpecMPCError):
+    """Ctrl-C in work that can be continued; says how (exit code 130)."""
+
+
 class GateFailed(SpecMPCError):
     """A `--require` that no row of a comparison meets (exit code 3)."""

@@ -57,7 +57,7 @@ class Runtime:
     """Where and how tensors are computed; fixed for the life of a command."""
 
     device: torch.device
-    dtype: torch.dtype  # of the planner's matrix products; everything else is fp32
+    dtype: torch.dtype  # of the matrix products of planning and training; everything else is fp32
     compiled: bool
     threads: int
     notes: tuple[str, ...] = ()  # what the user should know about these choices
@@ -111,6 +111,8 @@ def _choose_device(device: str) -> torch.device:
         raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    if chosen.index is not None:
+        torch.cuda.set_device(chosen)  # graphs are captured on the current device
     return chosen
 
 

@@ -29,9 +29,10 @@ from specmpc_cli.cli.session import (
     output_for,
     parse_horizons,
     prepare_planner,
+    prepare_training,
     runtime_for,
 )
-from specmpc_cli.errors import ConfigError, GateFailed, SpecMPCError
+from specmpc_cli.errors import ConfigError, GateFailed, Interrupted, SpecMPCError
 
 if TYPE_CHECKING:
     from specmpc_cli.data.shards import Shard
@@ -54,6 +55,9 @@ class _Group(TyperGroup):
         except _UsageError as error:
             print_error(f"{error.format_message()} (see 'specmpc {ctx.invoked_subcommand or ''} --help')")  # type: ignore[attr-defined]
             raise typer.Exit(2) from None
+        except Interrupted as error:
+            print_error(str(error))
+            raise typer.Exit(130) from None
         except SpecMPCError as error:
             print_error(str(error))
             raise typer.Exit(2) from None
@@ -144,18 +148,16 @@ def train(
     set_: SetOption = None,
 ) -> None:
     """Train a TD-MPC2 world model as a task's teacher."""
-    from specmpc_cli.cli.progress import TrainingDisplay
+    from specmpc_cli.cli.progress import TrainingDisplay, show_report
     from specmpc_cli.workflows.store import Store
     from specmpc_cli.workflows.tensorboard import TensorBoardLog
     from specmpc_cli.workflows.train import begin_training, training_report
-    from specmpc_cli.workflows.training import Watcher
 
     out = output_for(common)
     store = Store(common.store, task, common.name)
-    runtime = runtime_for(common, out)
     trainer = begin_training(
         store,
-        runtime,
+        runtime_for(common, out),
         steps=steps,
         seed=common.seed,
         size=size,
@@ -165,33 +167,18 @@ def train(
         resume=resume,
     )
     begun = trainer.counters.decisions
-    if begun >= steps:
-        raise ConfigError(f"nothing to do: {store.task} has {begun} decisions of training already; ask for more --steps, or use --fresh")
-
-    out.note(
-        f"task: {store.task} · {trainer.facts.size}M model · {describe(runtime)} · "
-        + (f"continues after {begun} decisions" if begun else "begins anew")
-    )
-    if runtime.compiled:
-        out.note("the first plan and the first updates compile, about two minutes the first time on a machine")
-    display = TrainingDisplay(out, trainer, steps)
+    how = f"continues after {begun} decisions" if begun else "begins anew"
+    out.note(f"task: {store.task} · {trainer.facts.size}M model · {describe(trainer.runtime)} · {how}")
     log = TensorBoardLog(store.folder / "teacher" / "tensorboard", begun) if tensorboard else None
-
-    def keep(line: dict[str, Any]) -> None:
-        display.metrics(line)
-        if log is not None:
-            log.add(line)
-
+    if begun < steps:
+        prepare_training(out, trainer)
+    else:
+        out.note("nothing to do: it has these decisions already; ask for more --steps, or begin anew with --fresh")
+    display = TrainingDisplay(out, trainer, steps)
     with display.running():
-        trainer.run(steps, Watcher(display.show, keep))
+        trainer.run(steps, display.watcher(log))
     report = training_report(trainer, store)
-    rate = (report["decisions"] - begun) / report["seconds_this_time"]
-    out.say(
-        f"trained: {report['decisions']} decisions, {report['updates']} updates, {report['seconds'] / 60:.0f} min; {rate:.1f} decisions/s"
-    )
-    out.say(f"last evaluation: return {report['return_mean']:.1f} over {len(report['returns'])} episodes")
-    out.say(f"teacher: {report['path']}")
-    out.say(f"curve:   {report['curve']}")
+    show_report(out, report, begun)
     out.document(report)
 
 

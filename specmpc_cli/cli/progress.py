@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from specmpc_cli.cli.console import Output
 
 if TYPE_CHECKING:
-    from specmpc_cli.workflows.training import Progress, Trainer
+    from specmpc_cli.workflows.tensorboard import TensorBoardLog
+    from specmpc_cli.workflows.train_log import Progress, Watcher
+    from specmpc_cli.workflows.training import Trainer
 
 _LINE_SECONDS = 60.0  # between lines where there is no terminal to redraw
 _RATE_SECONDS = 30.0  # the stretch over which decisions per second are taken
@@ -25,22 +27,28 @@ class TrainingDisplay:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Shows progress inside; says where the training stands if it is interrupted."""
+        """Shows progress inside."""
         with self._out.progress() as bars:
             self._bars = bars
             self._bar = bars.add_task("starting", total=self._steps, completed=self._trainer.counters.decisions, state="")
-            try:
-                yield
-            except KeyboardInterrupt:
-                kept = self._trainer.checkpointed
-                what = f"the training up to decision {kept} is kept; --resume continues there" if kept else "no checkpoint yet"
-                self._out.note(f"interrupted after {self._trainer.counters.decisions} decisions: {what}")
-                raise
+            yield
+
+    def watcher(self, log: "TensorBoardLog | None") -> "Watcher":
+        """What the trainer calls; metrics also go to TensorBoard, if it is asked for."""
+        from specmpc_cli.workflows.train_log import Watcher
+
+        def metrics(line: dict[str, Any]) -> None:
+            self.metrics(line)
+            if log is not None:
+                log.add(line)
+
+        return Watcher(self.show, metrics)
 
     def show(self, progress: "Progress") -> None:
         """After each decision, and after each update of the first ones."""
         self._mark(progress.decisions)
-        state = f"{progress.updates} updates" if progress.phase == "first updates" else self._state(progress)
+        states = {"first updates": f"{progress.updates} updates", "evaluating": "with the full planner"}
+        state = states.get(progress.phase) or self._state(progress)
         self._bars.update(self._bar, description=progress.phase, completed=progress.decisions, state=state)
         if not self._out.interactive and time.monotonic() - self._said > _LINE_SECONDS:
             self._said = time.monotonic()
@@ -67,6 +75,16 @@ class TrainingDisplay:
             parts.append(f"return {progress.last_return:.1f}")
         parts += [f"{short} {progress.losses[name]:.3g}" for name, short in _SHOWN_LOSSES.items() if name in progress.losses]
         return " · ".join(parts)
+
+
+def show_report(out: Output, report: dict[str, Any], begun: int) -> None:
+    """What a training that ended leaves to say; it had `begun` decisions when this run took it up."""
+    made, seconds = report["decisions"] - begun, report["seconds_this_time"]
+    rate = f"; {made / seconds:.1f} decisions/s" if made else ""
+    out.say(f"trained: {report['decisions']} decisions, {report['updates']} updates, {report['seconds'] / 60:.0f} min{rate}")
+    out.say(f"last evaluation: return {report['return_mean']:.1f} over {len(report['returns'])} episodes")
+    out.say(f"teacher: {report['path']}")
+    out.say(f"curve:   {report['curve']}")
 
 
 def _duration(seconds: float) -> str:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from specmpc_cli.runtime import Runtime
     from specmpc_cli.workflows.acting import Workbench
     from specmpc_cli.workflows.store import FittedCorrector, Store
+    from specmpc_cli.workflows.training import Trainer
 
 
 def output_for(common: Common) -> Output:
@@ -81,6 +82,20 @@ def parse_horizons(text: str) -> list[int]:
 def envs_for(episodes: int) -> int:
     """Environments stepped side by side."""
     return min(episodes, 10)
+
+
+def prepare_training(out: Output, trainer: "Trainer") -> None:
+    """Makes the first plans and losses, which compiles them, and says so."""
+    for note in trainer.notes:
+        out.note(f"note: {note}")
+    if not trainer.runtime.compiled:
+        return
+    out.note("preparing planner and losses; the first time on a machine this compiles them, about two minutes")
+    started = time.perf_counter()
+    problem = trainer.prepare()
+    if problem:
+        out.note(f"note: {problem}")
+    out.note(f"ready after {time.perf_counter() - started:.0f} s")
 
 
 def prepare_planner(out: Output, bench: "Workbench") -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,7 @@ class ReplayEpisode:
 
 
 class Replay:
-    """The newest episodes, as many as fit into `capacity` decisions; slices come back on `device`."""
+    """The newest episodes, as many as fit into `capacity` rows, each in one piece; slices come back on `device`."""
 
     def __init__(self, obs_dim: int, action_dim: int, capacity: int, device: torch.device) -> None:
         """Raises DatasetError if memory for `capacity` decisions cannot be had."""
@@ -120,24 +120,35 @@ def write_replay_shard(folder: Path, episodes: Sequence[ReplayEpisode]) -> Path:
     return path
 
 
-def read_replay_shards(folder: Path, episodes: int) -> list[ReplayEpisode]:
-    """Episodes 0 .. episodes−1 of a folder; shards of later episodes, written after the checkpoint, are deleted.
+def read_replay_shards(folder: Path, episodes: int) -> Iterator[ReplayEpisode]:
+    """Episodes 0 .. episodes−1 of a folder, in order; shards of later ones are left alone.
 
     Raises:
         DatasetError: a shard is missing or damaged; it is named.
     """
-    found: list[ReplayEpisode] = []
+    found = 0
     for path in sorted(folder.glob("episodes-*.h5")):
-        first = int(path.stem.split("-")[1])
+        first = _first(path)
         if first >= episodes:
+            break
+        if first != found:
+            raise DatasetError(f"the replay in {folder} lacks episode {found}; the training cannot continue, start over with --fresh")
+        for episode in _read_shard(path):
+            found += 1
+            yield episode
+    if found != episodes:
+        raise DatasetError(f"the replay in {folder} holds {found} episodes, expected {episodes}; start over with --fresh")
+
+
+def delete_replay_shards(folder: Path, episodes: int) -> None:
+    """Deletes the shards from episode `episodes` on: written after a checkpoint that was never finished."""
+    for path in folder.glob("episodes-*.h5"):
+        if _first(path) >= episodes:
             path.unlink()
-        elif first != len(found):
-            raise DatasetError(f"the replay in {folder} lacks episode {len(found)}; the training cannot continue, start over with --fresh")
-        else:
-            found += _read_shard(path)
-    if len(found) != episodes:
-        raise DatasetError(f"the replay in {folder} holds {len(found)} episodes, expected {episodes}; start over with --fresh")
-    return found
+
+
+def _first(path: Path) -> int:
+    return int(path.stem.split("-")[1])
 
 
 def _read_shard(path: Path) -> list[ReplayEpisode]:

@@ -56,6 +56,8 @@ class LossKernels(NamedTuple):
     policy: Callable[[WorldModel, Tensor, UpdateNoise, Tensor, LossSettings], PolicyLoss]
 
 
+# Before a graph is captured: they make Adam's state and load the kernels, which a capture must not do.
+_EAGER_UPDATES = 2
 EAGER_LOSSES = LossKernels(world_model_loss, policy_loss)
 
 
@@ -89,16 +91,37 @@ class Learner:
         self._world_adam = torch.optim.Adam(groups, lr=settings.lr, fused=True, capturable=graph)
         self._policy_adam = torch.optim.Adam(policy, lr=settings.lr, eps=settings.pi_adam_eps, fused=True, capturable=graph)
         self._policy = policy
+        self._eager_updates = 0  # in this process
         self._captured: CapturedUpdate | None = None
 
     def update(self, batch: Batch) -> UpdateInfo:
-        """Update number `updates`, with draws keyed by (seed, number). On CUDA it is captured in a graph at the third call."""
+        """Update number `updates`, with draws keyed by (seed, number). On CUDA the third one of a process captures a graph."""
         torch.manual_seed(update_key(self._seed, self.updates))
-        if self._captured is None and self._runtime.device.type == "cuda" and self.updates >= 2:
+        if self._captured is None and self._runtime.device.type == "cuda" and self._eager_updates >= _EAGER_UPDATES:
             self._captured = CapturedUpdate(self._drawn_step, batch)
-        info = self._captured(batch) if self._captured else self._drawn_step(batch)
+        if self._captured is not None:
+            info = self._captured(batch)
+        else:
+            info = self._drawn_step(batch)
+            self._eager_updates += 1
         self.updates += 1
         return info
+
+    def rehearse(self, size: int, horizon: int) -> None:
+        """Computes both losses and their gradients for an empty batch, which compiles what will be compiled; nothing is learned."""
+        d, device = self.model.dims, self._runtime.device
+        steps = torch.zeros(horizon, size, device=device)
+        batch = Batch(
+            torch.zeros(horizon + 1, size, d.obs_dim, device=device), torch.zeros(horizon, size, d.action_dim, device=device), steps, steps
+        )
+        noise = self.draw(horizon, size)
+        self._policy_loss(self._world_model_loss(batch, noise).latents, noise)
+        for optimiser in (self._world_adam, self._policy_adam):
+            optimiser.zero_grad(set_to_none=True)
+
+    def compute_eagerly(self) -> None:
+        """Gives up compiling."""
+        self._kernels = EAGER_LOSSES
 
     def _drawn_step(self, batch: Batch) -> UpdateInfo:
         return self.step(batch, self.draw(*batch.reward.shape))
@@ -118,19 +141,14 @@ class Learner:
     def step(self, batch: Batch, noise: UpdateNoise) -> UpdateInfo:
         """One update with these draws."""
         clip = self._settings.grad_clip_norm
-        autocast = torch.autocast(self._runtime.device.type, torch.bfloat16, enabled=self._runtime.dtype is torch.bfloat16)
         # World model.
-        with autocast:
-            loss = self._kernels.world_model(self.model, batch, noise, self._losses)
-        loss.total.backward()
+        loss = self._world_model_loss(batch, noise)
         grad_norm = nn.utils.clip_grad_norm_(self._world, clip, foreach=True)
         self._world_adam.step()
         self._world_adam.zero_grad(set_to_none=True)
 
         # Policy prior.
-        with _fixed(self.model.q), autocast:
-            policy = self._kernels.policy(self.model, loss.latents, noise, self.scale, self._losses)
-        policy.total.backward()
+        policy = self._policy_loss(loss.latents, noise)
         pi_grad_norm = nn.utils.clip_grad_norm_(self._policy, clip, foreach=True)
         self._policy_adam.step()
         self._policy_adam.zero_grad(set_to_none=True)
@@ -154,6 +172,23 @@ class Learner:
             policy.scaled_entropy,
             policy.scale,
         )
+
+    def _world_model_loss(self, batch: Batch, noise: UpdateNoise) -> ModelLoss:
+        with self._autocast():
+            loss = self._kernels.world_model(self.model, batch, noise, self._losses)
+        loss.total.backward()
+        return loss
+
+    def _policy_loss(self, latents: Tensor, noise: UpdateNoise) -> PolicyLoss:
+        with _fixed(self.model.q), self._autocast():
+            loss = self._kernels.policy(self.model, latents, noise, self.scale, self._losses)
+        loss.total.backward()
+        return loss
+
+    def _autocast(self) -> torch.autocast:
+        # No cache: a weight that is cast first under no_grad, for the targets, would be reused without its gradient.
+        bf16 = self._runtime.dtype is torch.bfloat16
+        return torch.autocast(self._runtime.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything but the number of updates that the next update depends on, as named tensors."""

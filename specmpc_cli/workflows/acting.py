@@ -26,6 +26,7 @@ from specmpc_cli.types import Actor, EnvSpec
 from specmpc_cli.workflows.store import FittedCorrector, Store, Teacher
 
 LARGE_ACTION_DIM = 20  # from here on TD-MPC2 adds iterations
+COMPILER_ERRORS = (TorchDynamoException, RuntimeError, OSError)  # what a compiler that does not work raises
 DEFAULT_HISTORY = 8
 DEFAULT_HORIZON = 6  # env steps per plan where none is named
 
@@ -136,8 +137,8 @@ class Workbench:
             return None
         self.warm = True
         try:
-            self._plan_once()
-        except (TorchDynamoException, RuntimeError, OSError) as error:
+            plan_once(self.planner, self.model, self.runtime)
+        except COMPILER_ERRORS as error:
             if not self.runtime.compiled:
                 raise
             self.runtime = replace(self.runtime, compiled=False)
@@ -145,14 +146,16 @@ class Workbench:
             return f"the planner could not be compiled and runs eagerly, about half as fast: {str(error).strip().splitlines()[0]}"
         return None
 
-    @torch.inference_mode()
-    def _plan_once(self) -> None:
-        d, device = self.model.dims, self.runtime.device
-        for rows in batch_sizes_for(self.runtime):
-            z = self.model.encode(torch.zeros(rows, d.obs_dim, device=device))
-            warm_start = torch.zeros(rows, self.planner.settings.horizon, d.action_dim, device=device)
-            index = torch.zeros(rows, dtype=torch.int64, device=device)
-            self.planner(z, warm_start, index, index)
+
+@torch.inference_mode()
+def plan_once(planner: BatchedPlanner, model: WorldModel, runtime: Runtime) -> None:
+    """Makes one plan per batch size, which compiles what will be compiled."""
+    d, device = model.dims, runtime.device
+    for rows in batch_sizes_for(runtime):
+        z = model.encode(torch.zeros(rows, d.obs_dim, device=device))
+        warm_start = torch.zeros(rows, planner.settings.horizon, d.action_dim, device=device)
+        index = torch.zeros(rows, dtype=torch.int64, device=device)
+        planner(z, warm_start, index, index)
 
 
 def choose_way(

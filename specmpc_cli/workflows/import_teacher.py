@@ -34,9 +34,14 @@ def import_teacher(store: Store, file: Path, *, task_set: str | None = None) -> 
         task_set: mt30 or mt80, for multi-task checkpoints; the store's task names the member.
 
     Raises:
-        ConfigError: an unknown task set, or a task outside it.
+        ConfigError: an unknown task set, a task outside it, or a training that the import would overwrite.
         CheckpointError: see `engine.official.load_official`.
     """
+    if store.resume_folder().joinpath("state.safetensors").exists():
+        raise ConfigError(
+            f"{store.folder / 'teacher'} holds a training of {store.task} that can be continued; import under another --name, "
+            "or delete that folder first"
+        )
     member = None
     if task_set is not None:
         if task_set not in TASK_SETS:

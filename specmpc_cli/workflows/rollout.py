@@ -172,6 +172,7 @@ class _Batch:
     def replace(self, ended: list[int]) -> None:
         """Gives the rows at these positions the next waiting episodes; where none waits they are dropped."""
         restarted, dropped = [], []
+        self.obs = self.obs.copy()  # callbacks may have kept rows of the old one
         for i in ended:
             stats = next(self._waiting, None)
             if stats is None:

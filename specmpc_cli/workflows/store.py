@@ -141,14 +141,6 @@ class Store:
         """Whether this store has a teacher of its own for the task."""
         return _exists(self.folder / "teacher" / "model.safetensors")
 
-    def teacher_metrics(self) -> list[dict[str, Any]]:
-        """The lines of the store's teacher's metrics.jsonl. Raises CheckpointError if they cannot be read."""
-        path = self.folder / "teacher" / "metrics.jsonl"
-        try:
-            return [json.loads(line) for line in path.read_text().splitlines()]
-        except (OSError, ValueError):
-            raise CheckpointError(f"{path} is missing or damaged; start over with 'specmpc train --fresh'") from None
-
     # Correctors
 
     def correctors(self, teacher: Teacher, archs: list[str] | None = None) -> tuple[list[FittedCorrector], list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from specmpc_cli.errors import ConfigError
+from specmpc_cli.errors import ConfigError, StoreError
 
 
 class TensorBoardLog:
@@ -20,11 +20,14 @@ class TensorBoardLog:
         self._writer = SummaryWriter(str(folder), purge_step=decisions + 1)
 
     def add(self, line: dict[str, Any]) -> None:
-        """One line of metrics."""
-        for name, value in line.items():
-            if isinstance(value, int | float) and name not in ("decisions", "episode"):
-                self._writer.add_scalar(f"{line['event']}/{name}", float(value), line["decisions"])
-        self._writer.flush()
+        """One line of metrics. Raises StoreError."""
+        try:
+            for name, value in line.items():
+                if isinstance(value, int | float) and name not in ("decisions", "episode"):
+                    self._writer.add_scalar(f"{line['event']}/{name}", float(value), line["decisions"])
+            self._writer.flush()
+        except OSError as error:
+            raise StoreError(f"cannot write TensorBoard files to {self._writer.log_dir}: {error.strerror or error}") from None
 
     def close(self) -> None:
         self._writer.close()

@@ -52,37 +52,49 @@ def begin_training(
             f"{store.folder / 'teacher'} holds a teacher that no training can continue; keep it and train with another --name, "
             "or replace it with --fresh"
         )
-    old = saved.facts if saved else None
-    config = old.config if old and not presets and not settings else kept_config(load_config(presets, settings))
-    facts = TrainFacts(
-        store.task,
-        size or (old.size if old else DEFAULT_SIZE),
-        seed,
-        num_envs or (old.num_envs if old else 1),
-        config,
-    )
-    if facts.size not in MODEL_SIZES:
-        raise ConfigError(f"--size must be one of {', '.join(map(str, MODEL_SIZES))}, got {facts.size}")
-    if old and (differences := facts.differences(old)):
+    facts = _facts(store.task, saved.facts if saved else None, size, seed, num_envs, presets, settings)
+    if saved and (differences := facts.differences(saved.facts)):
         raise ConfigError(
             f"cannot continue the training in {folder.path}: {'; '.join(differences)}; repeat the options it was begun with, "
             "begin anew with --fresh, or keep both with another --name"
         )
-    needed = seed_steps(Config.model_validate(config), spec)
+    needed = seed_steps(Config.model_validate(facts.config), spec)
     if steps <= needed:
         raise ConfigError(f"--steps must exceed the {needed} random decisions that come first, got {steps}")
-    if saved is None:
-        store.claim()
-        folder.clear()
+    if facts.num_envs * spec.decisions > steps:
+        raise ConfigError(
+            f"--num-envs {facts.num_envs} episodes of {spec.decisions} decisions are more than --steps {steps}; take fewer environments"
+        )
+    store.claim()
     trainer = Trainer(store, spec, facts, runtime)
     if saved:
         trainer.resume()
     return trainer
 
 
+def _facts(
+    task: str,
+    old: TrainFacts | None,
+    size: int | None,
+    seed: int,
+    num_envs: int | None,
+    presets: Sequence[str],
+    settings: Sequence[str],
+) -> TrainFacts:
+    """What the options ask for; what they leave out is as in the saved training. Raises ConfigError."""
+    config = old.config if old and not presets and not settings else kept_config(load_config(presets, settings))
+    if size is None:
+        size = old.size if old else DEFAULT_SIZE
+    if size not in MODEL_SIZES:
+        raise ConfigError(f"--size must be one of {', '.join(map(str, MODEL_SIZES))}, got {size}")
+    if num_envs is None:
+        num_envs = old.num_envs if old else 1
+    return TrainFacts(task, size, seed, num_envs, config)
+
+
 def training_report(trainer: Trainer, store: Store) -> dict[str, Any]:
     """The document of `train --json` (docs/json.md)."""
-    evaluations = [line for line in trainer.metrics if line["event"] == "eval"]
+    evaluations = trainer.log.evaluations
     folder = store.folder / "teacher"
     return {
         "schema": 1,

@@ -1,14 +1,15 @@
-"""What a training continues from: one file of weights, optimiser and counters, and the replay's append-only shards beside it.
+"""What a training continues from: one file of weights, optimisers, counters and metrics, and the replay's append-only shards beside it.
 
 Random states need no saving: every draw of a training is keyed by the seed and a counter (episode and step, or the update's number).
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,13 @@ from torch import Tensor
 
 from specmpc_cli.config.presets import validate
 from specmpc_cli.config.schema import Config
-from specmpc_cli.data.replay import ReplayEpisode, read_replay_shards, write_replay_shard
-from specmpc_cli.errors import CheckpointError
-from specmpc_cli.files import write_whole
+from specmpc_cli.data.replay import ReplayEpisode, delete_replay_shards, read_replay_shards, write_replay_shard
+from specmpc_cli.errors import CheckpointError, ConfigError, StoreError
+from specmpc_cli.files import make_folder, write_whole
 
 KIND = "specmpc-training"
-
-
-def kept_config(config: Config) -> dict[str, Any]:
-    """The part of a config that a training depends on."""
-    return config.model_dump(mode="json", include={"planner", "train"})
+# Settings that change nothing that is learned, so that a training may continue with others.
+_FREE = ("config.train.eval_every", "config.train.eval_episodes", "config.train.checkpoint_seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +36,12 @@ class TrainFacts:
     size: int
     seed: int
     num_envs: int
-    config: dict[str, Any]
+    config: dict[str, Any]  # as `kept_config` gives it
 
     def differences(self, other: TrainFacts) -> list[str]:
         """`size is 5, was 1` for everything in which `other` (the saved training) differs."""
         mine, theirs = _flat(asdict(self)), _flat(asdict(other))
-        keys = sorted(mine.keys() | theirs.keys())
+        keys = sorted((mine.keys() | theirs.keys()) - set(_FREE))
         return [f"{key} is {mine.get(key)}, was {theirs.get(key)}" for key in keys if mine.get(key) != theirs.get(key)]
 
 
@@ -60,10 +58,17 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class SavedTraining:
-    """A checkpoint of a training: its facts, and how far it was."""
+    """A checkpoint of a training, less its tensors and episodes."""
 
     facts: TrainFacts
-    counters: Counters
+    counters: Counters = Counters()
+    computed_on: str = ""  # device and dtype
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+
+def kept_config(config: Config) -> dict[str, Any]:
+    """The part of a config that a training depends on."""
+    return config.model_dump(mode="json", include={"planner", "train"})
 
 
 class ResumeFolder:
@@ -76,40 +81,69 @@ class ResumeFolder:
     def state_file(self) -> Path:
         return self.path / "state.safetensors"
 
-    def clear(self) -> None:
-        """Forgets what is there."""
-        self.state_file.unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other trainings out inside. Raises ConfigError if one is at work, StoreError if the folder cannot be written."""
+        make_folder(self.path)
+        try:
+            lock = open(self.path / ".lock", "w")  # noqa: SIM115 (closed below)
+        except OSError as error:
+            raise StoreError(f"cannot write to {self.path}: {error.strerror}; choose another --store") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(f"another 'specmpc train' is at work in {self.path}; wait for it, or use another --name") from None
+            yield
+
+    def tidy(self, episodes: int | None) -> None:
+        """Deletes what no checkpoint knows: shards from episode `episodes` on, and half-written files; everything if None."""
+        if episodes is None:
+            self.state_file.unlink(missing_ok=True)
+        delete_replay_shards(self.path / "replay", episodes or 0)
+        for half in self.path.rglob(".*.part"):
+            half.unlink()
 
     def saved(self) -> SavedTraining | None:
-        """The checkpoint that is there; None if there is none. Raises CheckpointError for a damaged one."""
-        return self._open(lambda file: None)[0] if self.state_file.exists() else None
+        """The checkpoint that is there; None if there is none. Raises CheckpointError for one that cannot be read."""
+        opened = self._open(lambda file: None)
+        return opened[0] if opened else None
 
     def save(self, training: SavedTraining, tensors: Mapping[str, Tensor], new_episodes: list[ReplayEpisode]) -> None:
         """Writes the episodes since the last checkpoint, then the state: a checkpoint is there when its state is."""
         if new_episodes:
             write_replay_shard(self.path / "replay", new_episodes)
-        metadata = {"kind": KIND, "facts": json.dumps(asdict(training.facts)), "counters": json.dumps(asdict(training.counters))}
+        metadata = {"kind": KIND, "training": json.dumps(asdict(training))}
         write_whole(self.state_file, save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata))
 
-    def load(self) -> tuple[SavedTraining, dict[str, Tensor], list[ReplayEpisode]]:
-        """The checkpoint, its tensors and all its episodes. Raises CheckpointError or DatasetError for a damaged one."""
-        training, tensors = self._open(lambda file: {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
+    def load(self) -> tuple[SavedTraining, dict[str, Tensor], Iterator[ReplayEpisode]]:
+        """The checkpoint, its tensors and all its episodes. Raises CheckpointError; reading the episodes DatasetError."""
+        opened = self._open(lambda file: {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
+        if opened is None:
+            raise CheckpointError(f"there is no file {self.state_file}")
+        training, tensors = opened
         return training, tensors, read_replay_shards(self.path / "replay", training.counters.episodes)
 
-    def _open(self, read: Any) -> tuple[SavedTraining, Any]:
+    def _open(self, read: Any) -> tuple[SavedTraining, Any] | None:
         try:
             with safe_open(self.state_file, framework="pt") as file:
                 metadata = file.metadata() or {}
-                training = SavedTraining(_facts(json.loads(metadata["facts"])), Counters(**json.loads(metadata["counters"])))
-                return training, read(file)
+                if metadata.get("kind") != KIND:
+                    raise CheckpointError(f"{self.state_file} is not a training of this program; start over with --fresh")
+                return _saved_training(json.loads(metadata["training"])), read(file)
+        except FileNotFoundError:
+            return None
+        except PermissionError:
+            raise CheckpointError(f"no permission to read {self.state_file}") from None
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-            raise CheckpointError(f"{self.state_file} is damaged; start over with --fresh") from None
+            raise CheckpointError(f"{self.state_file} is damaged or of another version; start over with --fresh") from None
 
 
-def _facts(values: dict[str, Any]) -> TrainFacts:
-    """Facts as they were saved; settings that are newer than they have their defaults."""
-    return TrainFacts(**{**values, "config": kept_config(validate(values["config"], "the saved training"))})
+def _saved_training(values: dict[str, Any]) -> SavedTraining:
+    """As it was saved; settings that are newer than it have their defaults."""
+    config = kept_config(validate(values["facts"]["config"], "the saved training"))
+    facts = TrainFacts(**{**values["facts"], "config": config})
+    return SavedTraining(**{**values, "facts": facts, "counters": Counters(**values["counters"])})
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

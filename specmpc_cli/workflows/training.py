@@ -1,21 +1,21 @@
 """Training a TD-MPC2 world model (Hansen et al., 2024, §3.1): a seed phase, a burst of updates, then acting and learning in turn.
 
-The training is made of rounds of `num_envs` episodes, and can be continued from the end of any of them: what it does next depends only on
-its weights, optimisers, replay and counters.
+The training is made of rounds, one episode in each environment, and can be continued from the end of any of them: what it does next
+depends only on its weights, optimisers, replay and counters.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from specmpc_cli.config.presets import read_yaml
 from specmpc_cli.config.schema import Config
 from specmpc_cli.data.replay import Replay, ReplayEpisode
 from specmpc_cli.engine.actors import RandomActor
@@ -23,42 +23,23 @@ from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.runner import SpeculativeRunner
 from specmpc_cli.engine.world_model import MODEL_SIZES, WorldModel, WorldModelDims
 from specmpc_cli.envs.vector import VectorEnv
-from specmpc_cli.errors import ActionNotFinite, StoreError, TrainingDiverged
-from specmpc_cli.files import write_whole
-from specmpc_cli.learning.learner import Learner, LearnerSettings, UpdateInfo
+from specmpc_cli.errors import ActionNotFinite, Interrupted, SpecMPCError, StoreError, TrainingDiverged
+from specmpc_cli.learning.learner import Learner, LearnerSettings
 from specmpc_cli.learning.losses import Batch, LossSettings
 from specmpc_cli.runtime import Purpose, Runtime
 from specmpc_cli.types import Actor, EnvSpec
 from specmpc_cli.versions import versions
-from specmpc_cli.workflows.acting import make_planner
+from specmpc_cli.workflows.acting import COMPILER_ERRORS, make_planner, plan_once
 from specmpc_cli.workflows.plots import plot_training
-from specmpc_cli.workflows.rollout import Episode, EpisodeStats, Transition, rollout
+from specmpc_cli.workflows.rollout import Episode, Transition, rollout
 from specmpc_cli.workflows.store import Store, timestamp
+from specmpc_cli.workflows.train_log import Progress, TrainingLog, Watcher, not_finite, write_diagnosis
 from specmpc_cli.workflows.train_state import Counters, ResumeFolder, SavedTraining, TrainFacts
 
 FINITE_EVERY = {"cpu": 1, "cuda": 100}  # updates between looks for NaN: on a GPU a look waits for the device
 TEACHER_DTYPE = torch.float16  # of the teacher's file: half the size, and 11 bits of mantissa; training continues from fp32
 _RHO, _RHO_EPISODIC = 0.5, 0.7
 _MIN_SEED_STEPS, _SEED_EPISODES = 1000, 5
-
-
-@dataclass(slots=True)
-class Progress:
-    """What a watcher is shown."""
-
-    phase: str  # "random actions", "first updates" or "training"
-    decisions: int = 0
-    updates: int = 0
-    last_return: float | None = None
-    losses: dict[str, float] = field(default_factory=dict)  # means over the last round
-
-
-@dataclass(slots=True)
-class Watcher:
-    """Callbacks of a training; each may be left out."""
-
-    on_progress: Callable[[Progress], None] = lambda progress: None
-    on_metrics: Callable[[dict[str, Any]], None] = lambda line: None  # a line of metrics.jsonl
 
 
 def seed_steps(config: Config, spec: EnvSpec) -> int:
@@ -73,79 +54,133 @@ class Trainer:
         self.spec, self.facts, self.runtime = spec, facts, runtime
         self.config = Config.model_validate(facts.config)
         self.counters = Counters()
-        self.metrics: list[dict[str, Any]] = []
+        self.log = TrainingLog(spec.has_success)
+        self.notes: list[str] = []  # what the user should know before it runs
+        self.checkpointed: int | None = None  # decisions in the last checkpoint
+        self.seconds_before = 0.0  # wall time spent by earlier runs of this training
         self._store = store
         self._resume = ResumeFolder(store.resume_folder())
         self._watcher = Watcher()
         self._progress = Progress("random actions")
+        self._unsaved: list[ReplayEpisode] = []
+        self._drawn = 0  # evaluations in the curve
         train = self.config.train
         torch.manual_seed(facts.seed)
         self.model = WorldModel(WorldModelDims(spec.obs_dim, spec.action_dim, episodic=spec.episodic, **MODEL_SIZES[facts.size]))
         rho = train.rho or (_RHO_EPISODIC if spec.episodic else _RHO)
         losses = LossSettings(discount=spec.discount, **{**_named(LossSettings, train), "rho": rho})
         self.learner = Learner(self.model, losses, LearnerSettings(**_named(LearnerSettings, train)), runtime, seed=facts.seed)
-        self._acting = make_planner(self.model, self.config.training_planner, spec, runtime, explore=True)
-        self._planning = make_planner(self.model, self.config.planner, spec, runtime)
         self.replay = Replay(spec.obs_dim, spec.action_dim, train.buffer_size, runtime.device)
-        self._unsaved: list[ReplayEpisode] = []
-        self._recent: list[UpdateInfo] = []  # since the last line of metrics
-        self._last: UpdateInfo | None = None
-        self.seconds_before = 0.0  # wall time spent by earlier runs of this training
-        self.checkpointed: int | None = None  # decisions in the last checkpoint
-        self._drawn = 0  # lines of metrics when the curve was last drawn
+        self._make_planners()
+
+    def _make_planners(self) -> None:
+        self._acting = make_planner(self.model, self.config.training_planner, self.spec, self.runtime, explore=True)
+        self._planning = make_planner(self.model, self.config.planner, self.spec, self.runtime)
+
+    def resume(self) -> None:
+        """Goes on from the checkpoint in the store. Raises CheckpointError or DatasetError if it is damaged."""
+        saved, tensors, episodes = self._resume.load()
+        self.learner.load_state_dict(tensors, saved.counters.updates)
+        for episode in episodes:
+            self.replay.add(episode)
+        self.counters, self.log.lines = saved.counters, saved.metrics
+        self.seconds_before, self.checkpointed = saved.counters.seconds, saved.counters.decisions
+        if saved.counters.seed_decisions is not None:
+            self._progress.phase = "training"
+        if saved.computed_on != self._computed_on:
+            self.notes.append(
+                f"this training ran on {saved.computed_on} before and goes on on {self._computed_on}: "
+                "it will not end bit for bit where an uninterrupted one would"
+            )
+
+    def prepare(self) -> str | None:
+        """Makes one plan of each kind and computes the losses once, which compiles what will be compiled.
+
+        Returns:
+            What went wrong, if compiling failed on this machine; everything is eager from then on.
+        """
+        try:
+            for planner in (self._acting, self._planning):
+                plan_once(planner, self.model, self.runtime)
+            self.learner.rehearse(self.config.train.batch_size, self.config.train.horizon)
+        except COMPILER_ERRORS as error:
+            if not self.runtime.compiled:
+                raise
+            self.runtime = replace(self.runtime, compiled=False)
+            self._make_planners()
+            self.learner.compute_eagerly()
+            return f"compiling failed, so training runs eagerly, at half the speed: {str(error).strip().splitlines()[0]}"
+        return None
 
     # Running
 
     def run(self, steps: int, watcher: Watcher) -> None:
-        """Trains until `steps` decisions are made, then saves.
+        """Trains until at least `steps` decisions are made (the round that reaches them is played to its end), then saves.
 
         Raises:
             TrainingDiverged: losses, gradients or actions that are not finite; a diagnosis is left in the store.
-            StoreError: the store can no longer be written; the last checkpoint is intact.
+            StoreError: the store can no longer be written. ConfigError: another training is at work in it.
+            Interrupted: Ctrl-C. All of them leave the last checkpoint intact and say so.
         """
         self._watcher = watcher
-        envs = VectorEnv.make(self.spec.task, self.facts.num_envs)
-        saved = time.monotonic()
-        self._begun = saved - self.counters.seconds
-        try:
-            while self.counters.decisions < steps:
-                before = self.counters.decisions
-                self._round(envs, steps)
-                if _crossed(self.config.train.eval_every, before, self.counters.decisions) or self.counters.decisions >= steps:
-                    self._evaluate(envs)
-                if time.monotonic() - saved >= self.config.train.checkpoint_seconds or self.counters.decisions >= steps:
-                    self.checkpoint()
-                    saved = time.monotonic()
-        finally:
-            envs.close()
+        with contextlib.closing(VectorEnv.make(self.spec.task, self.facts.num_envs)) as envs, self._resume.locked():
+            try:
+                self._resume.tidy(self.counters.episodes if self.checkpointed else None)
+                self._train(envs, steps)
+            except ActionNotFinite:
+                raise self._diverged("an action is not finite") from None
+            except TrainingDiverged:
+                raise
+            except SpecMPCError as error:
+                raise type(error)(f"{error}; {self._kept}") from None
+            except KeyboardInterrupt:
+                raise Interrupted(f"interrupted after {self.counters.decisions} decisions; {self._kept}") from None
 
-    def _round(self, envs: VectorEnv, steps: int) -> None:
+    def _train(self, envs: VectorEnv, steps: int) -> None:
+        saved = time.monotonic()
+        self._began = saved - self.counters.seconds
+        self._acting.refresh()
+        if self.checkpointed and not self._teacher_is_current():
+            self._save_teacher()
+        while self.counters.decisions < steps:
+            before = self.counters.decisions
+            self._round(envs)
+            done = self.counters.decisions >= steps
+            if _crossed(self.config.train.eval_every, before, self.counters.decisions) or done:
+                self._evaluate(envs)
+            if time.monotonic() - saved >= self.config.train.checkpoint_seconds or done:
+                self.checkpoint()
+                saved = time.monotonic()
+
+    def _round(self, envs: VectorEnv) -> None:
         """Plays one episode in each environment, learning after each decision; then makes the burst if the seed phase ended."""
         recorder = _Recorder(self)
         seeding = self.counters.seed_decisions is None
-        numbers = range(self.counters.episodes, self.counters.episodes + self.facts.num_envs)
-        try:
-            stats = rollout(
-                self._actor(seeding),
-                envs,
-                [Episode(Purpose.TRAIN, self.facts.seed, number) for number in numbers],
-                device=self.runtime.device,
-                max_steps=-(-(steps - self.counters.decisions) // self.facts.num_envs),
-                on_step=recorder.step,
-            )
-        except ActionNotFinite:
-            raise self.diverged("an action is not finite", {}) from None
-        for number, stat in zip(numbers, stats, strict=True):
+        first, count = self.counters.episodes, self.facts.num_envs
+        if seeding:  # no more at random than the seed phase needs, however many environments there are
+            needed = seed_steps(self.config, self.spec) - self.counters.decisions
+            count = min(count, math.ceil(needed / self.spec.decisions))
+        stats = rollout(
+            self._actor(seeding),
+            envs,
+            [Episode(Purpose.TRAIN, self.facts.seed, first + number) for number in range(count)],
+            device=self.runtime.device,
+            on_step=recorder.step,
+        )
+        self.counters = replace(self.counters, episodes=first + count, seconds=time.monotonic() - self._began)
+        losses = self.log.losses()
+        self._progress.losses = losses or self._progress.losses
+        for number, stat in enumerate(stats, start=first):
             episode = recorder.episode(number)
             self.replay.add(episode)
             self._unsaved.append(episode)
-            self._log_episode(number, stat)
-        self.counters = replace(self.counters, episodes=self.counters.episodes + len(stats), seconds=time.monotonic() - self._begun)
+            self._progress.last_return = stat.episode_return
+            self._watcher.on_metrics(self.log.episode(self.counters, number, stat, losses))
         if seeding and self.counters.decisions >= seed_steps(self.config, self.spec):
             self.counters = replace(self.counters, seed_decisions=self.counters.decisions)
             self._progress.phase = "first updates"
             self.learn()
-            self._log({"event": "first updates", "decisions": self.counters.decisions, "updates": self.learner.updates, **self._losses()})
+            self._watcher.on_metrics(self.log.burst(self.counters))
             self._progress.phase = "training"
 
     def _actor(self, seeding: bool) -> Actor[Any]:
@@ -168,12 +203,10 @@ class Trainer:
         due = burst + math.floor(train.updates_per_decision * (counters.decisions - counters.seed_decisions))
         while self.learner.updates < due:
             rng = np.random.Generator(np.random.Philox(key=[self.facts.seed, self.learner.updates]))
-            batch = Batch(**self.replay.sample(train.batch_size, train.horizon, rng))
-            info = self.learner.update(batch)
-            self._recent.append(info)
-            self._last = info
+            info = self.learner.update(Batch(**self.replay.sample(train.batch_size, train.horizon, rng)))
+            self.log.updated(info)
             if self.learner.updates % FINITE_EVERY[self.runtime.device.type] == 0:
-                self._expect_finite(info, batch)
+                self._expect_finite()
             if self._progress.phase == "first updates":
                 self._show()
         self._acting.refresh()
@@ -183,52 +216,35 @@ class Trainer:
         """Plans at every step with the full planner, on episodes that training never sees."""
         if self.counters.seed_decisions is None:
             return
+        phase, self._progress.phase = self._progress.phase, "evaluating"
         self._planning.refresh()
         stats = rollout(
             SpeculativeRunner(self.model, self._planning, GateRule(1, accept_below=math.inf)),
             envs,
             [Episode(Purpose.TRAIN_EVAL, self.facts.seed, number) for number in range(self.config.train.eval_episodes)],
             device=self.runtime.device,
+            on_step=lambda transition: self._show(),
         )
-        returns = [stat.episode_return for stat in stats]
-        line = {"event": "eval", "decisions": self.counters.decisions, "return_mean": float(np.mean(returns)), "returns": returns}
-        if self.spec.has_success:
-            line["success_rate"] = float(np.mean([stat.success for stat in stats]))
-        self._log(line)
+        self._progress.phase = phase
+        self._watcher.on_metrics(self.log.evaluation(self.counters, stats))
+
+    def _show(self) -> None:
+        self._progress.decisions, self._progress.updates = self.counters.decisions, self.learner.updates
+        self._watcher.on_progress(self._progress)
 
     # Keeping
 
     def checkpoint(self) -> None:
-        """Writes everything that continuing needs, and the teacher as it is now."""
-        if self._last is not None:
-            self._expect_finite(self._last, None)
-        try:
-            self._resume.save(SavedTraining(self.facts, self.counters), self.learner.state_dict(), self._unsaved)
-        except StoreError as error:
-            kept = f"the checkpoint after {self.checkpointed} decisions is intact" if self.checkpointed else "there is no checkpoint yet"
-            raise StoreError(f"{error}; {kept}, and the same command without --fresh continues") from None
-        self._unsaved = []
-        folder = self._store.save_teacher(self.model, self._teacher_config(), self.metrics, TEACHER_DTYPE)
-        if any(line["event"] == "eval" for line in self.metrics[self._drawn :]):
-            self._drawn = len(self.metrics)
-            plot_training(self.metrics, self.spec.task, folder / "training.png")
+        """Writes everything that continuing needs, then the teacher as it is now. Raises TrainingDiverged, StoreError."""
+        self._expect_finite()
+        saved = SavedTraining(self.facts, self.counters, self._computed_on, self.log.lines)
+        self._resume.save(saved, self.learner.state_dict(), self._unsaved)
         self.checkpointed = self.counters.decisions
+        self._unsaved = []
+        self._save_teacher()
 
-    def resume(self) -> None:
-        """Goes on from the checkpoint in the store. Raises CheckpointError or DatasetError if it is damaged."""
-        saved, tensors, episodes = self._resume.load()
-        self.learner.load_state_dict(tensors, saved.counters.updates)
-        for episode in episodes:
-            self.replay.add(episode)
-        self._acting.refresh()
-        self.counters = saved.counters
-        self.seconds_before = saved.counters.seconds
-        self.metrics = [line for line in self._store.teacher_metrics() if line["decisions"] <= saved.counters.decisions]
-        self.checkpointed = saved.counters.decisions
-        self._progress.phase = "training" if saved.counters.seed_decisions is not None else "random actions"
-
-    def _teacher_config(self) -> dict[str, Any]:
-        evaluations = [line for line in self.metrics if line["event"] == "eval"]
+    def _save_teacher(self) -> None:
+        evaluations = self.log.evaluations
         origin = {
             "made_by": "specmpc train",
             "task": self.spec.task,
@@ -242,72 +258,49 @@ class Trainer:
             "date": timestamp(),
             "versions": versions(),
         }
-        return {**self.facts.config, "dims": asdict(self.model.dims), "origin": origin}
+        config = {**self.facts.config, "dims": asdict(self.model.dims), "origin": origin}
+        folder = self._store.save_teacher(self.model, config, self.log.lines, TEACHER_DTYPE)
+        if len(evaluations) > self._drawn:
+            plot_training(self.log.lines, self.spec.task, folder / "training.png")
+            self._drawn = len(evaluations)
 
-    def _log_episode(self, number: int, stat: EpisodeStats) -> None:
-        line: dict[str, Any] = {
-            "event": "episode",
-            "decisions": self.counters.decisions,
-            "episode": number,
-            "return": stat.episode_return,
-            "env_steps": stat.env_steps,
-            "planner_calls": stat.planner_calls,
-            "updates": self.learner.updates,
-            "seconds": round(time.monotonic() - self._begun, 1),
-        }
-        if self.spec.has_success:
-            line["success"] = stat.success
-        self._progress.last_return = stat.episode_return
-        self._log(line | self._losses())
+    def _teacher_is_current(self) -> bool:
+        """Whether the teacher's files are of this checkpoint; they are not if a run was killed between the two."""
+        folder = self._store.folder / "teacher"
+        if not (self._store.has_teacher() and (folder / "config.yaml").exists()):
+            return False
+        origin = read_yaml(folder / "config.yaml").get("origin", {})
+        return origin.get("made_by") == "specmpc train" and origin.get("decisions") == self.checkpointed
 
-    def _losses(self) -> dict[str, float]:
-        """Means over the updates since the last call; empty if there were none."""
-        if not self._recent:
-            return {}
-        means = [float(torch.stack(values).mean()) for values in zip(*self._recent, strict=True)]
-        self._recent = []
-        self._progress.losses = {name: float(f"{mean:.6g}") for name, mean in zip(UpdateInfo._fields, means, strict=True)}
-        return self._progress.losses
+    @property
+    def _computed_on(self) -> str:
+        return f"{self.runtime.device.type}, {self.runtime.dtype_name}"
 
-    def _log(self, line: dict[str, Any]) -> None:
-        self.metrics.append(line)
-        self._watcher.on_metrics(line)
+    # What can go wrong
 
-    def _show(self) -> None:
-        self._progress.decisions, self._progress.updates = self.counters.decisions, self.learner.updates
-        self._watcher.on_progress(self._progress)
+    @property
+    def _kept(self) -> str:
+        if self.checkpointed is None:
+            return "there is no checkpoint yet, so the same command begins again"
+        resume = f"specmpc train --task {self.spec.task} --resume"
+        return f"the checkpoint after {self.checkpointed} decisions is intact, and '{resume}' continues there"
 
-    # Divergence
+    def _expect_finite(self) -> None:
+        if self.log.last_update is not None and (what := not_finite(self.log.last_update)):
+            raise self._diverged(f"{what} at update {self.learner.updates}")
 
-    def _expect_finite(self, info: UpdateInfo, batch: Batch | None) -> None:
-        losses = {name: float(value) for name, value in info._asdict().items()}
-        if not all(math.isfinite(value) for value in losses.values()):
-            name, value = next((name, value) for name, value in losses.items() if not math.isfinite(value))
-            batch_range = {} if batch is None else {name: [float(v.min()), float(v.max())] for name, v in batch._asdict().items()}
-            raise self.diverged(f"{name} is {value} at update {self.learner.updates}", {"losses": losses, "batch": batch_range})
-
-    def diverged(self, what: str, details: dict[str, Any]) -> TrainingDiverged:
+    def _diverged(self, what: str) -> TrainingDiverged:
         """The error to raise; writes the diagnosis file."""
-        broken = [name for name, value in self.model.named_parameters() if not torch.isfinite(value).all()]
-        finite = {name: float(value.detach().abs().max()) for name, value in self.model.named_parameters() if name not in broken}
-        diagnosis = {
-            "what": what,
-            "counters": asdict(self.counters),
-            **details,
-            "weights_not_finite": broken,
-            "largest_weights": finite,
-            "last_metrics": self.metrics[-5:],
-        }
         path = self._resume.path / "diagnosis.json"
-        write_whole(path, json.dumps(diagnosis, indent=1) + "\n")
-        kept = self.checkpointed
-        last = (
-            f"the last good checkpoint, {self._resume.state_file} after {kept} decisions, is intact"
-            if kept
-            else "there is no checkpoint yet"
-        )
+        try:
+            write_diagnosis(path, what, self.counters, self.model, self.log)
+            diagnosis = f"diagnosis: {path}"
+        except StoreError as error:
+            diagnosis = f"no diagnosis, because: {error}"
+        kept = f"the last good checkpoint, {self._resume.state_file} after {self.checkpointed} decisions, is intact"
         return TrainingDiverged(
-            f"the training of {self.spec.task} diverged at decision {self.counters.decisions}: {what}; {last}; diagnosis: {path}; "
+            f"the training of {self.spec.task} diverged at decision {self.counters.decisions}: {what}; "
+            f"{kept if self.checkpointed else 'there is no checkpoint yet'}; {diagnosis}; "
             "start over with --fresh and a lower --set train.lr, or another --seed"
         )
 

@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from specmpc_cli.data.replay import Replay, ReplayEpisode, read_replay_shards, write_replay_shard
+from specmpc_cli.data.replay import Replay, ReplayEpisode, delete_replay_shards, write_replay_shard
+from specmpc_cli.data.replay import read_replay_shards as iterate_replay_shards
 from specmpc_cli.errors import DatasetError
 
 CPU = torch.device("cpu")
+
+
+def read_replay_shards(folder: Path, episodes: int) -> list[ReplayEpisode]:
+    return list(iterate_replay_shards(folder, episodes))
 
 
 def make_episode(index: int, decisions: int = 5, *, terminated: bool = False) -> ReplayEpisode:
@@ -96,9 +101,11 @@ def test_shards_bring_back_the_same_episodes(tmp_path: Path) -> None:
             np.testing.assert_array_equal(getattr(before, name), getattr(after, name))
 
 
-def test_shards_written_after_the_checkpoint_are_deleted(tmp_path: Path) -> None:
+def test_shards_written_after_the_checkpoint_are_not_read_and_can_be_deleted(tmp_path: Path) -> None:
     write_replay_shard(tmp_path, [make_episode(0)])
     late = write_replay_shard(tmp_path, [make_episode(1)])
+    assert len(read_replay_shards(tmp_path, 1)) == 1 and late.exists()
+    delete_replay_shards(tmp_path, 1)
     assert len(read_replay_shards(tmp_path, 1)) == 1 and not late.exists()
 
 

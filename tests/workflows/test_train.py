@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from specmpc_cli.config.presets import load_config
 from specmpc_cli.data.replay import read_replay_shards
 from specmpc_cli.engine.checkpoint import load_world_model
+from specmpc_cli.engine.planner import Kernels
 from specmpc_cli.engine.world_model import MODEL_SIZES
 from specmpc_cli.envs.registry import lookup
 from specmpc_cli.errors import ActionNotFinite, CheckpointError, ConfigError, DatasetError, TrainingDiverged
@@ -22,26 +24,38 @@ from specmpc_cli.learning.learner import UpdateInfo
 from specmpc_cli.runtime import choose_runtime
 from specmpc_cli.workflows.store import Store
 from specmpc_cli.workflows.train import begin_training
-from specmpc_cli.workflows.training import Progress, Trainer, Watcher, seed_steps
+from specmpc_cli.workflows.train_log import Progress, Watcher
+from specmpc_cli.workflows.training import Trainer, seed_steps
 
 SMALL = [
-    "train.seed_steps=80", "train.seed_updates=4", "train.updates_per_decision=0.25", "train.batch_size=8", "train.eval_every=80",
+    "train.seed_steps=80", "train.seed_updates=4", "train.updates_per_decision=0.25", "train.batch_size=8", "train.eval_every=120",
     "train.eval_episodes=1", "train.checkpoint_seconds=0", "planner.num_samples=16", "planner.num_elites=4", "planner.num_pi_trajs=4",
-    "planner.iterations=2",
+    "planner.iterations=1",
 ]  # fmt: skip
-STEPS = 240  # six episodes of 40 decisions, two of them random
+TINY = {"enc_dim": 32, "num_enc_layers": 2, "mlp_dim": 32, "latent_dim": 16, "num_q": 2}
+STEPS = 200  # five episodes of 40 decisions, two of them random
 
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_models() -> Iterator[None]:
     """Size 1 is tiny here: what is tested does not depend on it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODEL_SIZES, 1, {"enc_dim": 32, "num_enc_layers": 2, "mlp_dim": 32, "latent_dim": 16, "num_q": 2})
+        patch.setitem(MODEL_SIZES, 1, TINY)
         yield
 
 
 class Killed(Exception):
     """Stands for a kill at any moment."""
+
+
+def kill_at(decision: int) -> Callable[[Progress], None]:
+    """A watcher's callback that ends the training there."""
+
+    def kill(progress: Progress) -> None:
+        if progress.decisions == decision:
+            raise Killed
+
+    return kill
 
 
 def begin(root: Path, **options: Any) -> Trainer:
@@ -66,28 +80,28 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def assert_same_training(root: Path, straight: Path) -> None:
+def assert_same_training(root: Path, straight: Path, episodes: int = STEPS // 40) -> None:
     """Weights, optimisers, counters, replay and metrics agree to the last bit."""
     for folder in ("resume/state.safetensors", "model.safetensors"):
         expected, found = load_file(teacher(straight) / folder), load_file(teacher(root) / folder)
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[name], found[name]) for name in expected)
-    replays = [read_replay_shards(teacher(path) / "resume" / "replay", STEPS // 40) for path in (straight, root)]
+    replays = [list(read_replay_shards(teacher(path) / "resume" / "replay", episodes)) for path in (straight, root)]
     for one, other in zip(*replays, strict=True):
         for name in ("obs", "action", "reward", "terminated"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-    without_clock = [[{k: v for k, v in line.items() if k != "seconds"} for line in lines(path)] for path in (straight, root)]
-    assert without_clock[0] == without_clock[1]
+    expected, found = ([{k: v for k, v in line.items() if k != "seconds"} for line in lines(path)] for path in (straight, root))
+    assert expected == found
 
 
 def test_phases_updates_and_evaluations_come_when_they_should(straight: Path) -> None:
     episodes = [line for line in lines(straight) if line["event"] == "episode"]
-    assert [line["decisions"] for line in episodes] == [40, 80, 120, 160, 200, 240]
-    assert [line["planner_calls"] for line in episodes] == [0, 0, 40, 40, 40, 40]
-    assert [line["updates"] for line in episodes] == [0, 0, 14, 24, 34, 44]  # 4 at once, then one for every fourth decision
+    assert [line["decisions"] for line in episodes] == [40, 80, 120, 160, 200]
+    assert [line["planner_calls"] for line in episodes] == [0, 0, 40, 40, 40]
+    assert [line["updates"] for line in episodes] == [0, 0, 14, 24, 34]  # 4 at once, then one for every fourth decision
     assert all("value_loss" in line for line in episodes[2:])
     evaluations = [line for line in lines(straight) if line["event"] == "eval"]
-    assert [line["decisions"] for line in evaluations] == [80, 160, 240] and all(len(line["returns"]) == 1 for line in evaluations)
+    assert [line["decisions"] for line in evaluations] == [120, 200] and all(len(line["returns"]) == 1 for line in evaluations)
 
 
 def test_the_teacher_is_there_with_its_config_and_curve(straight: Path) -> None:
@@ -102,43 +116,52 @@ def test_the_teacher_is_there_with_its_config_and_curve(straight: Path) -> None:
 
 @pytest.mark.parametrize("when", [30, 81, 163])
 def test_killed_at_any_decision_it_continues_bit_for_bit(tmp_path: Path, straight: Path, when: int) -> None:
-    def kill(progress: Progress) -> None:
-        if progress.decisions == when:
-            raise Killed
-
     with pytest.raises(Killed):
-        begin(tmp_path).run(STEPS, Watcher(kill))
+        begin(tmp_path).run(STEPS, Watcher(kill_at(when)))
     continued = begin(tmp_path)
     assert continued.counters.decisions == when // 40 * 40
     continued.run(STEPS, Watcher())
     assert_same_training(tmp_path, straight)
 
 
-def test_killed_between_the_replay_and_the_state_it_continues_bit_for_bit(
-    tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("write", ["train_state.save", "store.write_whole", "store.save_world_model", "training.plot_training"])
+def test_killed_between_two_writes_of_a_checkpoint_it_continues_bit_for_bit(
+    tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, write: str
 ) -> None:
-    def kill(*args: Any) -> None:
+    """The replay's shard, the state, then the teacher's files: whatever is missing is made good by the next run."""
+
+    def kill(*args: Any, **options: Any) -> None:
         raise Killed
 
-    trainer = begin(tmp_path)
-    trainer.run(160, Watcher())
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("specmpc_cli.workflows.train_state.save", kill)
-        begin(tmp_path).run(STEPS, Watcher())
-    assert len(list((teacher(tmp_path) / "resume" / "replay").glob("*.h5"))) == 5  # one more than the state knows
-    # A run that was to end at 160 evaluated there, as every 80 decisions; so the metrics are those of the straight one.
+    def arm(progress: Progress) -> None:
+        if progress.decisions == 119:
+            monkeypatch.setattr(f"specmpc_cli.workflows.{write}", kill)
+
+    with pytest.raises(Killed):
+        begin(tmp_path).run(STEPS, Watcher(arm))
+    monkeypatch.undo()
+    begin(tmp_path).run(STEPS, Watcher())
+    assert_same_training(tmp_path, straight)
+
+
+def test_a_finished_training_whose_teacher_was_not_written_writes_it(tmp_path: Path, straight: Path) -> None:
+    begin(tmp_path).run(STEPS, Watcher())
+    for name in ("model.safetensors", "config.yaml", "metrics.jsonl"):
+        (teacher(tmp_path) / name).unlink()
     begin(tmp_path).run(STEPS, Watcher())
     assert_same_training(tmp_path, straight)
 
 
 def test_several_environments_learn_at_the_same_rate_and_continue(tmp_path: Path) -> None:
     begin(tmp_path / "a", num_envs=3).run(STEPS, Watcher())
-    begin(tmp_path / "b", num_envs=3).run(120, Watcher())
+    with pytest.raises(Killed):
+        begin(tmp_path / "b", num_envs=3).run(STEPS, Watcher(kill_at(130)))
     begin(tmp_path / "b").run(STEPS, Watcher())
-    assert_same_training(tmp_path / "b", tmp_path / "a")
-    last = [line for line in lines(tmp_path / "a") if line["event"] == "episode"][-1]
-    # The seed phase ends with the round in which its steps are reached: 120 of 240 decisions are left to learn from.
-    assert last["decisions"] == STEPS and last["updates"] == 4 + 120 // 4
+    assert_same_training(tmp_path / "b", tmp_path / "a", episodes=5)
+    episodes = [line for line in lines(tmp_path / "a") if line["event"] == "episode"]
+    # Two random episodes as with one environment, then rounds of three.
+    assert [line["decisions"] for line in episodes] == [80] * 2 + [200] * 3
+    assert [line["updates"] for line in episodes] == [0] * 2 + [4 + 120 // 4] * 3
 
 
 def test_speculative_acting_plans_less(tmp_path: Path) -> None:
@@ -151,7 +174,7 @@ def test_it_learns_pointmass(tmp_path: Path) -> None:
     settings = ["train.seed_steps=400", "train.batch_size=64", "train.seed_updates=300", "train.updates_per_decision=1", "train.lr=0.001",
                 "planner.num_samples=64", "planner.num_elites=8", "planner.num_pi_trajs=8", "planner.iterations=3",
                 "train.eval_every=1000"]  # fmt: skip
-    begin(tmp_path, settings=settings, steps=800).run(800, Watcher())
+    begin(tmp_path, settings=settings, steps=600).run(600, Watcher())
     random = np.mean([line["return"] for line in lines(tmp_path) if line["event"] == "episode"][:10])
     assert lines(tmp_path)[-1]["return_mean"] > random + 5
 
@@ -184,6 +207,44 @@ def test_options_left_out_are_those_of_the_saved_training(tmp_path: Path) -> Non
     assert continued.facts.num_envs == 2 and continued.config.train.batch_size == 8
 
 
+def test_settings_that_change_nothing_learned_may_change(tmp_path: Path) -> None:
+    begin(tmp_path).run(120, Watcher())
+    assert begin(tmp_path, settings=[*SMALL, "train.eval_every=7", "train.checkpoint_seconds=9"]).config.train.eval_every == 7
+
+
+def test_a_training_that_moves_to_another_dtype_says_so(tmp_path: Path) -> None:
+    begin(tmp_path).run(120, Watcher())
+    store = Store(tmp_path, "pointmass")
+    moved = begin_training(store, choose_runtime("cpu", "bf16"), steps=STEPS, seed=0)
+    assert "ran on cpu, fp32 before and goes on on cpu, bf16" in moved.notes[0]
+    assert not begin(tmp_path).notes
+
+
+def test_two_trainings_of_one_store_keep_out_of_each_others_way(tmp_path: Path) -> None:
+    def second(progress: Progress) -> None:
+        if progress.decisions == 130:
+            with pytest.raises(ConfigError, match="another 'specmpc train' is at work"):
+                begin(tmp_path).run(STEPS, Watcher())
+            raise Killed
+
+    with pytest.raises(Killed):
+        begin(tmp_path).run(STEPS, Watcher(second))
+    begin(tmp_path).run(160, Watcher())
+
+
+def test_a_compiler_that_fails_leaves_the_training_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> None:
+        raise RuntimeError("no space for the compiler")
+
+    kernels = Kernels(broken, broken)  # type: ignore[arg-type]
+    monkeypatch.setattr("specmpc_cli.engine.compiled.compiled_kernels", lambda: kernels)
+    runtime = replace(choose_runtime("cpu", "fp32"), compiled=True)
+    trainer = begin_training(Store(tmp_path, "pointmass"), runtime, steps=120, seed=0, settings=SMALL)
+    problem = trainer.prepare()
+    assert problem and "no space for the compiler" in problem and not trainer.runtime.compiled
+    trainer.run(120, Watcher())
+
+
 def test_nothing_is_overwritten_or_made_up(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no training to resume"):
         begin(tmp_path, resume=True)
@@ -191,6 +252,8 @@ def test_nothing_is_overwritten_or_made_up(tmp_path: Path) -> None:
         begin(tmp_path, steps=80)
     with pytest.raises(ConfigError, match="--size must be one of 1, 5, 19, 48, 317, got 2"):
         begin(tmp_path, size=2)
+    with pytest.raises(ConfigError, match="take fewer environments"):
+        begin(tmp_path, num_envs=100)
     begin(tmp_path).run(120, Watcher())
     before = (teacher(tmp_path) / "model.safetensors").read_bytes()
     Store(tmp_path, "pointmass").resume_folder().rename(tmp_path / "elsewhere")
