@@ -52,14 +52,17 @@ def load_world_model(path: Path) -> tuple[WorldModel, str]:
 
 
 def save_corrector(corrector: BaseCorrector, path: Path, *, teacher_sha256: str, gate: Mapping[str, Any]) -> str:
-    """Writes a corrector with the teacher it was distilled from and its gate: {"metric", "accept_below", "replan_above", "calibrated"}."""
+    """Writes a corrector, in fp16, with the teacher it was distilled from and its gate.
+
+    The gate is {"metric", "accept_below", "replan_above", "calibrated"}.
+    """
     metadata = {
         "kind": CORRECTOR_KIND,
         "teacher_sha256": teacher_sha256,
         "config": json.dumps(corrector.config()),
         "gate": json.dumps(dict(gate)),
     }
-    return _save(corrector.state_dict(), path, metadata)
+    return _save({name: tensor.half() for name, tensor in corrector.state_dict().items()}, path, metadata)
 
 
 def load_corrector(path: Path) -> tuple[BaseCorrector, dict[str, Any]]:

@@ -35,7 +35,18 @@ def test_correctors_survive_the_disk_with_their_gate(tmp_path: Path, arch: str) 
     save_corrector(network, tmp_path / "c.safetensors", teacher_sha256="abc", gate=GATE)
     loaded, metadata = load_corrector(tmp_path / "c.safetensors")
     assert loaded.arch == arch and metadata == {"teacher_sha256": "abc", "gate": GATE}
-    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), loaded.state_dict().values(), strict=True))
+    rounded = [value.half().float() for value in network.state_dict().values()]
+    assert all(torch.equal(a, b) for a, b in zip(rounded, loaded.state_dict().values(), strict=True))
+
+
+def test_a_teacher_in_half_precision_is_half_as_large_and_keeps_its_hash(tmp_path: Path) -> None:
+    model = make_model(7, 3)
+    save_world_model(model, tmp_path / "full.safetensors")
+    sha = save_world_model(model, tmp_path / "half.safetensors", torch.float16)
+    loaded, found = load_world_model(tmp_path / "half.safetensors")
+    assert found == sha == weights_sha256(loaded.state_dict())
+    assert all(value.dtype == torch.float32 for value in loaded.state_dict().values())
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.65 * (tmp_path / "full.safetensors").stat().st_size
 
 
 def test_the_hash_is_of_the_weights_and_sees_names_shapes_dtypes_and_values() -> None:
