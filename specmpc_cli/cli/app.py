@@ -178,7 +178,7 @@ def train(
     with display.running():
         trainer.run(steps, display.watcher(log))
     report = training_report(trainer, store)
-    show_report(out, report, begun)
+    show_report(out, report)
     out.document(report)
 
 

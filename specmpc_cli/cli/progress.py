@@ -77,11 +77,9 @@ class TrainingDisplay:
         return " · ".join(parts)
 
 
-def show_report(out: Output, report: dict[str, Any], begun: int) -> None:
-    """What a training that ended leaves to say; it had `begun` decisions when this run took it up."""
-    made, seconds = report["decisions"] - begun, report["seconds_this_time"]
-    rate = f"; {made / seconds:.1f} decisions/s" if made else ""
-    out.say(f"trained: {report['decisions']} decisions, {report['updates']} updates, {report['seconds'] / 60:.0f} min{rate}")
+def show_report(out: Output, report: dict[str, Any]) -> None:
+    """What a training that ended leaves to say."""
+    out.say(f"trained: {report['decisions']} decisions, {report['updates']} updates, {report['seconds'] / 60:.0f} min")
     out.say(f"last evaluation: return {report['return_mean']:.1f} over {len(report['returns'])} episodes")
     out.say(f"teacher: {report['path']}")
     out.say(f"curve:   {report['curve']}")
