@@ -1,6 +1,7 @@
 """What the commands share: opening the store, saying what was taken, preparing the planner. Loads no torch when imported."""
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from specmpc_cli.cli.console import Output
@@ -88,23 +89,21 @@ def prepare_training(out: Output, trainer: "Trainer") -> None:
     """Makes the first plans and losses, which compiles them, and says so."""
     for note in trainer.notes:
         out.note(f"note: {note}")
-    if not trainer.runtime.compiled:
-        return
-    out.note("preparing planner and losses; the first time on a machine this compiles them, about two minutes")
-    started = time.perf_counter()
-    problem = trainer.prepare()
-    if problem:
-        out.note(f"note: {problem}")
-    out.note(f"ready after {time.perf_counter() - started:.0f} s")
+    if trainer.runtime.compiled:
+        _prepare(out, "planner and losses", "two minutes", trainer.prepare)
 
 
 def prepare_planner(out: Output, bench: "Workbench") -> None:
     """Makes the first plan, which compiles the planner, and says so."""
-    if not bench.runtime.compiled or bench.warm:
-        return
-    out.note("preparing the planner; the first time on a machine this compiles it, about a minute")
+    if bench.runtime.compiled and not bench.warm:
+        _prepare(out, "the planner", "a minute", bench.warm_up)
+
+
+def _prepare(out: Output, what: str, duration: str, prepare: Callable[[], str | None]) -> None:
+    """Runs a preparation that compiles, and says what it is, how long it took, and what went wrong, if anything."""
+    out.note(f"preparing {what}; the first time on a machine this compiles, about {duration}")
     started = time.perf_counter()
-    problem = bench.warm_up()
+    problem = prepare()
     if problem:
         out.note(f"note: {problem}")
-    out.note(f"planner ready after {time.perf_counter() - started:.0f} s")
+    out.note(f"{what} ready after {time.perf_counter() - started:.0f} s")

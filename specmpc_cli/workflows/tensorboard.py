@@ -28,6 +28,3 @@ class TensorBoardLog:
             self._writer.flush()
         except OSError as error:
             raise StoreError(f"cannot write TensorBoard files to {self._writer.log_dir}: {error.strerror or error}") from None
-
-    def close(self) -> None:
-        self._writer.close()
