@@ -12,6 +12,7 @@ os.environ.setdefault("SPECMPC_COMPILE", "0")  # compiling takes a minute; tests
 
 import torch
 
+from specmpc_cli.engine.official import official_state
 from specmpc_cli.engine.world_model import WorldModel, WorldModelDims
 
 DATA = Path(__file__).parent / "data"
@@ -43,17 +44,6 @@ def make_model(obs_dim: int = 4, action_dim: int = 2, *, seed: int = 0, num_q: i
             if name.endswith("weight") and parameter.ndim >= 2:
                 parameter.normal_(std=0.3)
     return model.requires_grad_(False).eval()
-
-
-def official_state(model: WorldModel) -> dict[str, torch.Tensor]:
-    """The model's weights under the official code's newer names."""
-    names = {"encoder.": "_encoder.state.", "dynamics.": "_dynamics.", "reward_net.": "_reward.", "pi_net.": "_pi."}
-    names |= {"termination_net.": "_termination.", "q.layers.": "_Qs.params.", "q_target.layers.": "_target_Qs_params."}
-    state = {}
-    for key, value in model.state_dict().items():
-        prefix = next(prefix for prefix in names if key.startswith(prefix))
-        state[names[prefix] + key.removeprefix(prefix)] = value.clone()
-    return state
 
 
 @pytest.fixture(scope="session")

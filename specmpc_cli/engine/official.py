@@ -3,8 +3,7 @@
 The newer layout names the stacked Q-parameters (`_Qs.params.L.weight`), the older one counts them (`_Qs.params.I`: layer I // 4, part
 I % 4 of weight, bias, ln.weight, ln.bias). Such files hold no configuration, so every size is read off the tensors.
 
-A multi-task checkpoint becomes the single-task model of one member: a constant task embedding is a constant shift of each first layer, so
-it is folded into that layer's bias, and the padded observation and action dimensions are cut off. The result is the same function.
+A multi-task checkpoint becomes the single-task model of one member (`WorldModel.member`).
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from specmpc_cli.engine.world_model import WorldModel, WorldModelDims
 from specmpc_cli.errors import CheckpointError
+from specmpc_cli.files import replacing
 
 State = dict[str, Tensor]
 
@@ -33,6 +33,8 @@ _PREFIXES = {
     "_Qs.params.": "q.layers.",
     "_target_Qs.params.": "q_target.layers.",
     "_target_Qs_params.": "q_target.layers.",
+    "_task_emb.": "task_emb.",
+    "_action_masks": "action_masks",
 }
 # On files that are no checkpoints, or damaged ones, torch.load raises whatever its readers stumble over.
 _WHAT_TORCH_RAISES = (
@@ -52,30 +54,51 @@ def load_official(path: Path, *, obs_dim: int, action_dim: int, member: int | No
     Raises:
         CheckpointError: the file is missing, damaged, foreign, holds code, or does not fit the task.
     """
-    state = read_tensors(path)
-    if (member is not None) != ("_task_emb.weight" in state):
+    model = read_official(path)
+    tasks = model.dims.num_tasks
+    if (member is not None) != bool(tasks):
         raise CheckpointError(
-            f"{path.name} is a single-task checkpoint; leave --task-set out"
-            if member is not None
-            else f"{path.name} is a multi-task checkpoint; name its task set with --task-set mt30 or mt80"
+            f"{path.name} is a multi-task checkpoint; name its task set with --task-set mt30 or mt80"
+            if tasks
+            else f"{path.name} is a single-task checkpoint; leave --task-set out"
         )
-    embedding = state.get("_task_emb.weight")
-    ours = _rename(state)
-    if not ours:
-        raise CheckpointError(f"{path.name} holds no TD-MPC2 weights: none of its {len(state)} tensors has a known name")
-    if embedding is not None and member is not None:
-        if embedding.ndim != 2 or member >= len(embedding):
-            raise CheckpointError(f"{path.name} was trained on {len(embedding)} tasks, the task set has more; try the other --task-set")
-        try:
-            ours = _specialise(ours, embedding[member], obs_dim, action_dim)
-        except (KeyError, IndexError, RuntimeError):
-            raise CheckpointError(f"{path.name} is not a complete TD-MPC2 world model of several tasks") from None
-    dims = infer_dims(ours, path.name)
+    if member is not None:
+        if member >= tasks:
+            raise CheckpointError(f"{path.name} was trained on {tasks} tasks, the task set has more; try the other --task-set")
+        if obs_dim > model.dims.obs_dim or action_dim > model.dims.action_dim:
+            raise CheckpointError(
+                f"the tasks of {path.name} have at most {model.dims.obs_dim} observation and {model.dims.action_dim} action dimensions, "
+                f"this task has {obs_dim} and {action_dim}; check --task and --task-set"
+            )
+        used = int(model.action_masks[member].sum())
+        if used not in (action_dim, model.dims.action_dim):  # all of them are used where the file has no masks
+            raise CheckpointError(
+                f"task {member} of {path.name} has {used} action dimensions and this task has {action_dim}; check --task and --task-set"
+            )
+        model = model.member(member, obs_dim, action_dim)
+    dims = model.dims
     for what, have, want in (("observation", dims.obs_dim, obs_dim), ("action", dims.action_dim, action_dim)):
         if have != want:
             raise CheckpointError(
                 f"{path.name} does not fit the task: it expects {have} {what} dimensions and the task has {want}; check --task"
             )
+    return model
+
+
+def read_official(path: Path) -> WorldModel:
+    """Reads an official `.pt` file as the model of all its tasks.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, foreign or holds code.
+    """
+    state = read_tensors(path)
+    ours = _rename(state)
+    if not ours:
+        raise CheckpointError(f"{path.name} holds no TD-MPC2 weights: none of its {len(state)} tensors has a known name")
+    dims = infer_dims(ours, path.name)
+    if dims.num_tasks:
+        # The older layout may lack the masks; then no dimension is known to be padding.
+        ours.setdefault("action_masks", torch.ones(dims.num_tasks, dims.action_dim))
     model = WorldModel(dims)
     load_weights(model, ours, path.name)
     return model
@@ -123,13 +146,14 @@ def load_weights(model: WorldModel, state: State, name: str) -> None:
 
 
 def infer_dims(state: State, name: str) -> WorldModelDims:
-    """Every size of a single-task model, from its tensors' shapes (our names)."""
+    """Every size of a model, from its tensors' shapes (our names)."""
     try:
         encoder = _layers(state, "encoder")
         latent_dim, enc_dim = state[f"encoder.{encoder[-1]}.weight"].shape
-        return WorldModelDims(
-            obs_dim=state["encoder.0.weight"].shape[1],
-            action_dim=state["dynamics.0.weight"].shape[1] - latent_dim,
+        num_tasks, task_dim = state["task_emb.weight"].shape if "task_emb.weight" in state else (0, 0)
+        dims = WorldModelDims(
+            obs_dim=state["encoder.0.weight"].shape[1] - task_dim,
+            action_dim=state["dynamics.0.weight"].shape[1] - latent_dim - task_dim,
             latent_dim=latent_dim,
             mlp_dim=state["dynamics.0.weight"].shape[0],
             enc_dim=enc_dim,
@@ -137,7 +161,12 @@ def infer_dims(state: State, name: str) -> WorldModelDims:
             num_q=state["q.layers.0.weight"].shape[0],
             episodic="termination_net.0.weight" in state,
             num_bins=state["reward_net.2.weight"].shape[0],
+            num_tasks=num_tasks,
+            task_dim=task_dim,
         )
+        if min(dims.obs_dim, dims.action_dim, dims.latent_dim) < 1:
+            raise ValueError("its layers' inputs, which do not fit each other")
+        return dims
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{name} is not a complete TD-MPC2 world model: cannot read {error}") from None
 
@@ -160,29 +189,32 @@ def _rename(state: State) -> State:
     return renamed
 
 
-def _specialise(state: State, embedding: Tensor, obs_dim: int, action_dim: int) -> State:
-    """The single-task weights of one member of a task set."""
-    embedding = embedding.float() * (1.0 / embedding.norm().clamp(min=1.0))  # nn.Embedding(max_norm=1)
-    out = dict(state)
-    latent_dim = state[f"encoder.{_layers(state, 'encoder')[-1]}.weight"].shape[0]
-    padded_obs = state["encoder.0.weight"].shape[1] - len(embedding)
-    padded_action = state["dynamics.0.weight"].shape[1] - latent_dim - len(embedding)
-    if obs_dim > padded_obs or action_dim > padded_action:
-        raise CheckpointError(
-            f"the checkpoint's tasks have at most {padded_obs} observation and {padded_action} action dimensions, "
-            f"this task has {obs_dim} and {action_dim}; check --task and --task-set"
-        )
-    firsts = {"encoder.0": (padded_obs, obs_dim, 0), "pi_net.0": (latent_dim, latent_dim, 0)}
-    if "termination_net.0.weight" in state:
-        firsts["termination_net.0"] = (latent_dim, latent_dim, 0)
-    for net in ("dynamics.0", "reward_net.0", "q.layers.0", "q_target.layers.0"):
-        firsts[net] = (latent_dim, latent_dim, action_dim)
-    for layer, (padded, kept, actions) in firsts.items():
-        weight, bias = state[f"{layer}.weight"], state[f"{layer}.bias"]  # inputs are [x, embedding, action]
-        after = padded + len(embedding)
-        out[f"{layer}.bias"] = bias + weight[..., padded:after] @ embedding
-        out[f"{layer}.weight"] = torch.cat([weight[..., :kept], weight[..., after : after + actions]], dim=-1)
-    rows = list(range(action_dim)) + list(range(padded_action, padded_action + action_dim))  # means, then log-stds
-    last = f"pi_net.{_layers(state, 'pi_net')[-1]}"
-    out[f"{last}.weight"], out[f"{last}.bias"] = state[f"{last}.weight"][rows], state[f"{last}.bias"][rows]
-    return out
+def official_state(model: WorldModel) -> State:
+    """The model's weights as the official code saves them today: its key set, its order, fp32.
+
+    `log_std_*`, `*.module.*` and `_detach_*` carry nothing that the rest does not, but its strict loading asks for them. Those under
+    `*.module.*` have shapes and no values (meta tensors) there, and so they have here.
+    """
+    ours, d = model.state_dict(), model.dims
+
+    def renamed(net: str, prefix: str) -> State:
+        return {key.replace(f"{net}.", f"{prefix}.", 1): value.clone() for key, value in ours.items() if key.startswith(f"{net}.")}
+
+    state: State = {"_action_masks": ours["action_masks"].clone()} if d.num_tasks else {}
+    state["log_std_min"] = torch.tensor(int(d.log_std_min))
+    state["log_std_dif"] = torch.tensor(int(d.log_std_max - d.log_std_min))
+    for net, prefix in (("task_emb", "_task_emb"), ("encoder", "_encoder.state"), ("dynamics", "_dynamics"), ("reward_net", "_reward")):
+        state |= renamed(net, prefix)
+    state |= renamed("termination_net", "_termination") | renamed("pi_net", "_pi")
+    state |= renamed("q.layers", "_Qs.params")
+    state |= {key: value[0].to("meta") for key, value in renamed("q.layers", "_Qs.module").items()}
+    state |= renamed("q.layers", "_detach_Qs_params") | renamed("q_target.layers", "_target_Qs_params")
+    for prefix in ("_detach_Qs.module", "_target_Qs.module"):
+        state |= {key: value.to("meta") for key, value in renamed("q.layers", prefix).items()}
+    return state
+
+
+def save_official(model: WorldModel, path: Path) -> None:
+    """Writes an official checkpoint, {"model": state_dict}, whole or not at all. Raises StoreError where the folder cannot be written."""
+    with replacing(path) as beside:
+        torch.save({"model": official_state(model)}, beside)

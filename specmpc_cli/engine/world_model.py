@@ -1,13 +1,15 @@
 """TD-MPC2's latent world model (Hansen et al., 2024, §3): forward passes only.
 
-Encoder, dynamics, reward, optional termination, policy prior and a Q-ensemble with its target copy. It knows no losses, no planning and
-no tasks: a member of a multi-task checkpoint is turned into such a single-task model when it is imported (engine/official.py).
+Encoder, dynamics, reward, optional termination, policy prior and a Q-ensemble with its target copy. It knows no losses and no planning.
+
+A model of several tasks has a learnt embedding of the task as one more input of every network, and masks for action dimensions that a task
+does not use. It is trained as a whole; it acts as one of its members, a single-task model that computes the same (`WorldModel.member`).
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,8 @@ class WorldModelDims:
     simnorm_dim: int = 8
     log_std_min: float = -10.0
     log_std_max: float = 2.0
+    num_tasks: int = 0  # 0: a single-task model. Else obs_dim and action_dim are those of the largest task, to which the others are padded
+    task_dim: int = 0
 
 
 # Millions of parameters → sizes (TD-MPC2, appendix H).
@@ -84,21 +88,32 @@ class QEnsemble(nn.Module):
 
 
 class WorldModel(nn.Module):
-    """The networks of one task. Leading axes are free unless a shape is given; results are fp32."""
+    """The networks of one task, or of a task set. Leading axes are free unless a shape is given; results are fp32.
+
+    `task` [B] (int64) is given to models of a task set and only to them; B is then the last leading axis of the other inputs.
+    """
+
+    action_masks: Tensor  # [tasks, A], of a task set only
 
     def __init__(self, dims: WorldModelDims) -> None:
         super().__init__()
         self.dims = d = dims
         simnorm = SimNorm(d.simnorm_dim)
         hidden = [d.mlp_dim, d.mlp_dim]
-        za = d.latent_dim + d.action_dim
-        self.encoder = mlp(d.obs_dim, [d.enc_dim] * max(d.num_enc_layers - 1, 1), d.latent_dim, simnorm)
+        z = d.latent_dim + d.task_dim
+        za = z + d.action_dim
+        self.encoder = mlp(d.obs_dim + d.task_dim, [d.enc_dim] * max(d.num_enc_layers - 1, 1), d.latent_dim, simnorm)
         self.dynamics = mlp(za, hidden, d.latent_dim, simnorm)
         self.reward_net = mlp(za, hidden, d.num_bins)
-        self.termination_net = mlp(d.latent_dim, hidden, 1) if d.episodic else None
-        self.pi_net = mlp(d.latent_dim, hidden, 2 * d.action_dim)
+        self.termination_net = mlp(z, hidden, 1) if d.episodic else None
+        self.pi_net = mlp(z, hidden, 2 * d.action_dim)
         self.q = QEnsemble(d.num_q, za, d.mlp_dim, d.num_bins)
         self.q_target = QEnsemble(d.num_q, za, d.mlp_dim, d.num_bins).requires_grad_(False)
+        self.task_emb: nn.Embedding | None = None
+        if d.num_tasks:
+            self.task_emb = nn.Embedding(d.num_tasks, d.task_dim)
+            nn.init.uniform_(self.task_emb.weight, -0.02, 0.02)
+            self.register_buffer("action_masks", torch.ones(d.num_tasks, d.action_dim))  # 1.0 where a task has that action dimension
         self._zero_last_layers()
 
     def _zero_last_layers(self) -> None:
@@ -108,13 +123,31 @@ class WorldModel(nn.Module):
             nn.init.zeros_(last.weight)
         self.q_target.load_state_dict(self.q.state_dict())
 
-    def encode(self, obs: Tensor) -> Tensor:
-        """Observation [..., O] → latent [..., Z]."""
-        return self.encoder(obs)
+    def with_task(self, x: Tensor, task: Tensor | None) -> Tensor:
+        """x [..., B, X] and the embedding of its rows' tasks → [..., B, X + task_dim]; x itself for a single task."""
+        if self.task_emb is None:
+            return x
+        assert task is not None, "a model of a task set needs to know the task"
+        return torch.cat([x, self._embedding_of(task).expand(*x.shape[:-1], -1)], dim=-1)
 
-    def next(self, z: Tensor, a: Tensor) -> Tensor:
+    def _embedding_of(self, task: Tensor) -> Tensor:
+        """Embeddings [..., D], scaled down to a norm of 1 at most, as the official nn.Embedding(max_norm=1) looks them up."""
+        assert self.task_emb is not None
+        embedding = self.task_emb(task)
+        norm = embedding.detach().norm(dim=-1, keepdim=True)
+        return embedding * torch.where(norm > 1, 1 / (norm + 1e-7), 1.0)
+
+    def mask_action(self, x: Tensor, task: Tensor | None) -> Tensor:
+        """x [..., B, A] with zeros in the action dimensions that its rows' tasks do not have."""
+        return x if self.task_emb is None else x * self.action_masks[task]
+
+    def encode(self, obs: Tensor, task: Tensor | None = None) -> Tensor:
+        """Observation [..., O] → latent [..., Z]."""
+        return self.encoder(self.with_task(obs, task))
+
+    def next(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor:
         """Latent and action → predicted next latent [..., Z]. One z [..., 1, Z] may serve many actions [..., N, A]."""
-        return _on_pairs(self.dynamics, z, a)
+        return _on_pairs(self.dynamics, self.with_task(z, task), a)
 
     def reward(self, z: Tensor, a: Tensor) -> Tensor:
         """Expected reward of one env step, [...]. One z [..., 1, Z] may serve many actions [..., N, A]."""
@@ -126,20 +159,21 @@ class WorldModel(nn.Module):
             return z.new_zeros(z.shape[:-1])
         return (self.termination_net(z).squeeze(-1) > 0.0).float()  # sigmoid(x) > 0.5
 
-    def pi(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Policy prior before squashing: mean and log-std, each [..., A]."""
-        mean, log_std = self.pi_net(z).chunk(2, dim=-1)
+    def pi(self, z: Tensor, task: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Policy prior before squashing: mean and log-std, each [..., A], both 0 in action dimensions that the task does not have."""
+        mean, log_std = self.pi_net(self.with_task(z, task)).chunk(2, dim=-1)
         low, high = self.dims.log_std_min, self.dims.log_std_max
-        return mean, low + 0.5 * (high - low) * (torch.tanh(log_std) + 1.0)
+        log_std = low + 0.5 * (high - low) * (torch.tanh(log_std) + 1.0)
+        return self.mask_action(mean, task), self.mask_action(log_std, task)
 
     def pi_mean(self, z: Tensor) -> Tensor:
         """The policy prior's squashed mean [..., A]: its deterministic action."""
         return torch.tanh(self.pi(z)[0])
 
-    def pi_sample(self, z: Tensor, eps: Tensor) -> Tensor:
+    def pi_sample(self, z: Tensor, eps: Tensor, task: Tensor | None = None) -> Tensor:
         """A squashed draw of the policy prior [..., A] for standard normal eps [..., A]."""
-        mean, log_std = self.pi(z)
-        return torch.tanh(mean + eps * torch.exp(log_std))
+        mean, log_std = self.pi(z, task)
+        return torch.tanh(mean + self.mask_action(eps, task) * torch.exp(log_std))
 
     def q_pair(self, z: Tensor, a: Tensor, q_index: Tensor) -> Tensor:
         """Mean value of two drawn Q-heads. z [B, N, Z], a [B, N, A], q_index [B, 2] → [B, N].
@@ -155,6 +189,31 @@ class WorldModel(nn.Module):
     def decode(self, logits: Tensor) -> Tensor:
         """Bin logits [..., bins] → scalar [...]."""
         return two_hot_inv(logits, self.dims.vmin, self.dims.vmax)
+
+    def member(self, index: int, obs_dim: int, action_dim: int) -> WorldModel:
+        """The single-task model of one task of this model's task set; a model that computes the same.
+
+        A constant embedding shifts each first layer by a constant, so it is folded into that layer's bias; the padding of observations
+        (obs_dim of ours are real) and actions is cut off.
+        """
+        d = self.dims
+        assert self.task_emb is not None and index < d.num_tasks and obs_dim <= d.obs_dim and action_dim <= d.action_dim, (index, d)
+        embedding = self._embedding_of(torch.tensor(index)).detach()
+        single = WorldModel(replace(d, obs_dim=obs_dim, action_dim=action_dim, num_tasks=0, task_dim=0))
+        state = {name: value for name, value in self.state_dict().items() if name in single.state_dict()}
+        for name in state:
+            net, layer, part = name.rsplit(".", 2)
+            if layer != "0" or part != "weight":
+                continue
+            shared, kept = (d.obs_dim, obs_dim) if net == "encoder" else (d.latent_dim, d.latent_dim)
+            weight, after = state[name], shared + d.task_dim  # inputs are [x, embedding, action]
+            state[f"{net}.0.bias"] = state[f"{net}.0.bias"] + weight[..., shared:after] @ embedding
+            state[name] = torch.cat([weight[..., :kept], weight[..., after : after + action_dim]], dim=-1)
+        for part in ("weight", "bias"):
+            last = f"pi_net.{len(self.pi_net) - 1}.{part}"  # means, then log-stds
+            state[last] = state[last].unflatten(0, (2, d.action_dim))[:, :action_dim].flatten(0, 1)
+        single.load_state_dict(state)
+        return single
 
     def compute_copy(self, dtype: torch.dtype) -> WorldModel:
         """A frozen copy whose matrix products run in `dtype`; LayerNorm parameters stay fp32."""

@@ -53,7 +53,7 @@ class LossKernels(NamedTuple):
     """The two losses, eager or compiled; with their backward passes they take nearly all of an update's time."""
 
     world_model: Callable[[WorldModel, Batch, UpdateNoise, LossSettings], ModelLoss]
-    policy: Callable[[WorldModel, Tensor, UpdateNoise, Tensor, LossSettings], PolicyLoss]
+    policy: Callable[[WorldModel, Tensor, UpdateNoise, Tensor, LossSettings, Tensor | None], PolicyLoss]
 
 
 # Before a graph is captured: they make Adam's state and load the kernels, which a capture must not do.
@@ -91,6 +91,7 @@ class Learner:
         self._world_adam = torch.optim.Adam(groups, lr=settings.lr, fused=True, capturable=graph)
         self._policy_adam = torch.optim.Adam(policy, lr=settings.lr, eps=settings.pi_adam_eps, fused=True, capturable=graph)
         self._policy = policy
+        self._embedding = None if model.task_emb is None else TaskEmbedding(model.task_emb.weight)
         self._eager_updates = 0  # in this process
         self._captured: CapturedUpdate | None = None
 
@@ -112,10 +113,14 @@ class Learner:
         d, device = self.model.dims, self._runtime.device
         steps = torch.zeros(horizon, size, device=device)
         batch = Batch(
-            torch.zeros(horizon + 1, size, d.obs_dim, device=device), torch.zeros(horizon, size, d.action_dim, device=device), steps, steps
+            torch.zeros(horizon + 1, size, d.obs_dim, device=device),
+            torch.zeros(horizon, size, d.action_dim, device=device),
+            steps,
+            steps,
+            None if self._embedding is None else torch.zeros(size, dtype=torch.int64, device=device),
         )
         noise = self.draw(horizon, size)
-        self._policy_loss(self._world_model_loss(batch, noise).latents, noise)
+        self._policy_loss(self._world_model_loss(batch, noise).latents, noise, batch.task)
         for optimiser in (self._world_adam, self._policy_adam):
             optimiser.zero_grad(set_to_none=True)
 
@@ -142,17 +147,24 @@ class Learner:
         """One update with these draws."""
         clip = self._settings.grad_clip_norm
         # World model.
+        if self._embedding is not None:
+            self._embedding.restore_gradient()
+            self._embedding.bound(batch.task)
         loss = self._world_model_loss(batch, noise)
         grad_norm = nn.utils.clip_grad_norm_(self._world, clip, foreach=True)
         self._world_adam.step()
         self._world_adam.zero_grad(set_to_none=True)
 
         # Policy prior.
-        policy = self._policy_loss(loss.latents, noise)
+        if self._embedding is not None:
+            self._embedding.bound(batch.task)
+        policy = self._policy_loss(loss.latents, noise, batch.task)
         pi_grad_norm = nn.utils.clip_grad_norm_(self._policy, clip, foreach=True)
         self._policy_adam.step()
         self._policy_adam.zero_grad(set_to_none=True)
         self.scale.copy_(policy.scale)
+        if self._embedding is not None:
+            self._embedding.carry_gradient()
 
         # Target heads.
         with torch.no_grad():
@@ -179,9 +191,9 @@ class Learner:
         loss.total.backward()
         return loss
 
-    def _policy_loss(self, latents: Tensor, noise: UpdateNoise) -> PolicyLoss:
+    def _policy_loss(self, latents: Tensor, noise: UpdateNoise, task: Tensor | None) -> PolicyLoss:
         with _fixed(self.model.q), self._autocast():
-            loss = self._kernels.policy(self.model, latents, noise, self.scale, self._losses)
+            loss = self._kernels.policy(self.model, latents, noise, self.scale, self._losses, task)
         loss.total.backward()
         return loss
 
@@ -195,12 +207,16 @@ class Learner:
         state = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for name, moments in self._moments():
             state |= {f"{name}.{key}": value for key, value in moments.items()}
+        if self._embedding is not None:
+            state["task_emb.carried"] = self._embedding.carried
         return state | {"scale": self.scale}
 
     def load_state_dict(self, state: Mapping[str, Tensor], updates: int) -> None:
         """Continues after `updates` updates. Raises KeyError or RuntimeError for a state of another model."""
         self.model.load_state_dict({name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")})
         self.scale.copy_(state["scale"])
+        if self._embedding is not None:
+            self._embedding.carried.copy_(state["task_emb.carried"])
         self.updates = updates
         if updates:
             for optimiser in (self._world_adam, self._policy_adam):
@@ -223,18 +239,44 @@ class Learner:
                 yield f"adam.{name}", optimiser.state[parameter]
 
 
+class TaskEmbedding:
+    """What the official code does to the task embedding beside Adam's steps, in a form that graphs can capture and checkpoints can hold.
+
+    It clears the embedding's gradient only between the two losses, so the policy loss's part of it enters the next update.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+        self.carried = torch.zeros_like(weight, requires_grad=False)  # [tasks, D] the policy loss's gradient in the last update
+
+    @torch.no_grad()
+    def bound(self, task: Tensor | None) -> None:
+        """Scales the rows of these tasks [B] down to a norm of 1 at most, as looking them up does in nn.Embedding(max_norm=1)."""
+        assert task is not None, "a model of a task set learns from batches that name the task"
+        looked_up = torch.zeros(len(self._weight), 1, dtype=torch.bool, device=task.device).index_fill_(0, task, True)
+        norm = self._weight.norm(dim=1, keepdim=True)
+        self._weight.copy_(torch.where(looked_up & (norm > 1), self._weight / (norm + 1e-7), self._weight))
+
+    def restore_gradient(self) -> None:
+        self._weight.grad = self.carried.clone()
+
+    def carry_gradient(self) -> None:
+        assert self._weight.grad is not None
+        self.carried.copy_(self._weight.grad)
+        self._weight.grad = None
+
+
 class CapturedUpdate:
     """An update captured in one CUDA graph: launches nothing but copies of the batch and the graph."""
 
     def __init__(self, step: Callable[[Batch], UpdateInfo], batch: Batch) -> None:
-        self._batch = Batch(*(value.clone() for value in batch))
+        self._batch = batch.clone()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._info = step(self._batch)
 
     def __call__(self, batch: Batch) -> UpdateInfo:
-        for static, value in zip(self._batch, batch, strict=True):
-            static.copy_(value)
+        self._batch.copy_(batch)
         self._graph.replay()
         return UpdateInfo(*(value.clone() for value in self._info))
 

@@ -24,6 +24,18 @@ class Batch(NamedTuple):
     action: Tensor  # [H, B, A] taken at obs[:-1]
     reward: Tensor  # [H, B]
     terminated: Tensor  # [H, B] 1.0 where obs[1:] is terminal
+    task: Tensor | None = None  # [B] int64: each slice's task, for models of a task set
+
+    def clone(self) -> Batch:
+        """A batch with tensors of its own."""
+        task = None if self.task is None else self.task.clone()
+        return Batch(self.obs.clone(), self.action.clone(), self.reward.clone(), self.terminated.clone(), task)
+
+    def copy_(self, other: Batch) -> None:
+        """Fills this batch's tensors with another's."""
+        for mine, value in zip(self, other, strict=True):
+            if mine is not None and value is not None:
+                mine.copy_(value)
 
 
 class UpdateNoise(NamedTuple):
@@ -41,7 +53,7 @@ class UpdateNoise(NamedTuple):
 class LossSettings:
     """The numbers of the losses (TD-MPC2, appendix H)."""
 
-    discount: float
+    discount: float | tuple[float, ...]  # one per task for models of a task set
     rho: float = 0.5  # weight of a step of the rollout over the one before it
     consistency_coef: float = 20.0
     reward_coef: float = 0.1
@@ -76,13 +88,13 @@ def world_model_loss(model: WorldModel, batch: Batch, noise: UpdateNoise, s: Los
     horizon, size = batch.reward.shape
     weight = s.rho ** torch.arange(horizon, device=batch.reward.device)  # [H]
     with torch.no_grad():
-        seen = model.encode(batch.obs[1:])  # [H, B, Z]
+        seen = model.encode(batch.obs[1:], batch.task)  # [H, B, Z]
         target = td_target(model, seen, batch, noise, s.discount)  # [H, B]
-    latents = [model.encode(batch.obs[0])]
+    latents = [model.encode(batch.obs[0], batch.task)]
     for action in batch.action:
-        latents.append(model.next(latents[-1], action))
+        latents.append(model.next(latents[-1], action, batch.task))
     z = torch.stack(latents)  # [H+1, B, Z]
-    za = torch.cat([z[:-1], batch.action], dim=-1)
+    za = torch.cat([model.with_task(z[:-1], batch.task), batch.action], dim=-1)
 
     consistency = ((z[1:] - seen).square().mean((1, 2)) * weight).mean()
     d = model.dims
@@ -91,31 +103,37 @@ def world_model_loss(model: WorldModel, batch: Batch, noise: UpdateNoise, s: Los
     value = (two_hot_loss(logits, target, d.vmin, d.vmax).mean((0, 2)) * weight).mean()
     termination = torch.zeros_like(value)
     if model.termination_net is not None:
-        termination = F.binary_cross_entropy_with_logits(model.termination_net(z[1:]).squeeze(-1), batch.terminated)
+        termination = F.binary_cross_entropy_with_logits(
+            model.termination_net(model.with_task(z[1:], batch.task)).squeeze(-1), batch.terminated
+        )
     total = s.consistency_coef * consistency + s.reward_coef * reward + s.value_coef * value + s.termination_coef * termination
     return ModelLoss(total, consistency.detach(), reward.detach(), value.detach(), termination.detach(), z.detach())
 
 
-def td_target(model: WorldModel, next_z: Tensor, batch: Batch, noise: UpdateNoise, discount: float) -> Tensor:
+def td_target(model: WorldModel, next_z: Tensor, batch: Batch, noise: UpdateNoise, discount: float | tuple[float, ...]) -> Tensor:
     """Reward plus the discounted minimum of two target heads at the policy prior's action; [H, B]."""
-    action = model.pi_sample(next_z, noise.td_eps)
-    za = torch.cat([next_z, action], dim=-1).flatten(0, 1)
+    action = model.pi_sample(next_z, noise.td_eps, batch.task)
+    za = torch.cat([model.with_task(next_z, batch.task), action], dim=-1).flatten(0, 1)
     values = model.decode(model.q_target.drawn_logits(za, noise.td_q_index))  # [2, H·B]
-    return batch.reward + discount * (1 - batch.terminated) * values.amin(0).view_as(batch.reward)
+    rate = torch.tensor(discount, device=values.device)[batch.task] if isinstance(discount, tuple) else discount
+    return batch.reward + rate * (1 - batch.terminated) * values.amin(0).view_as(batch.reward)
 
 
-def policy_loss(model: WorldModel, z: Tensor, noise: UpdateNoise, scale: Tensor, s: LossSettings) -> PolicyLoss:
+def policy_loss(model: WorldModel, z: Tensor, noise: UpdateNoise, scale: Tensor, s: LossSettings, task: Tensor | None = None) -> PolicyLoss:
     """Scaled value and entropy of the policy prior's action at the latents z [H+1, B, Z].
 
     The caller keeps gradients from the Q-heads' weights (learner.py): only the policy is to learn from this.
     """
-    mean, log_std = model.pi(z)
-    action = torch.tanh(mean + noise.pi_eps * torch.exp(log_std))
-    gaussian = (-0.5 * noise.pi_eps.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)  # [H+1, B]
+    mean, log_std = model.pi(z, task)
+    eps = model.mask_action(noise.pi_eps, task)
+    action = torch.tanh(mean + eps * torch.exp(log_std))
+    # The official code sums over padded dimensions too; each adds a constant.
+    gaussian = (-0.5 * eps.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)  # [H+1, B]
     entropy = -(gaussian - torch.log(F.relu(1 - action.square()) + 1e-6).sum(-1))
-    scaled_entropy = -gaussian * action.shape[-1]  # before squashing, times A, as the official code has it
+    dimensions = action.shape[-1] if model.task_emb is None else model.action_masks[task].sum(-1)
+    scaled_entropy = -gaussian * dimensions  # before squashing, times A, as the official code has it
 
-    za = torch.cat([z, action], dim=-1).flatten(0, 1)
+    za = torch.cat([model.with_task(z, task), action], dim=-1).flatten(0, 1)
     values = model.decode(model.q.drawn_logits(za, noise.pi_q_index, noise.pi_q_mask)).mean(0).view_as(entropy)  # [H+1, B]
     scale = torch.lerp(scale, percentile_range(values[0].detach()).clamp(min=1.0), s.tau)
     weight = s.rho ** torch.arange(len(z), device=z.device)

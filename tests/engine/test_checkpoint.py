@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from specmpc_cli.engine.checkpoint import load_corrector, load_world_model, save_corrector, save_world_model, weights_sha256
 from specmpc_cli.engine.correctors import CORRECTORS, CorrectorDims, build_corrector
-from specmpc_cli.engine.official import load_official
+from specmpc_cli.engine.official import load_official, official_state, read_official, save_official
 from specmpc_cli.errors import CheckpointError
-from tests.conftest import DATA, make_model, official_state
+from tests.conftest import DATA, make_model
 
 GATE = {"metric": "l2", "accept_below": -math.inf, "replan_above": 0.5, "calibrated": False}
 
@@ -67,6 +67,36 @@ def test_both_official_layouts_give_the_same_weights() -> None:
     new = load_official(vectors / "single.pt", obs_dim=24, action_dim=6)
     old = load_official(vectors / "single.old-format.pt", obs_dim=24, action_dim=6)
     assert weights_sha256(new.state_dict()) == weights_sha256(old.state_dict())
+
+
+OFFICIAL = ["single.pt", "large-action.pt", "episodic.pt", "multitask.pt"]
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_what_is_exported_has_the_official_keys_shapes_and_values(name: str) -> None:
+    path = DATA / "vectors" / name
+    theirs = torch.load(path, weights_only=True)["model"]
+    ours = official_state(read_official(path))
+    assert list(ours) == list(theirs)
+    for key, value in theirs.items():
+        assert (ours[key].shape, ours[key].dtype, ours[key].device) == (value.shape, value.dtype, value.device), key
+        assert value.is_meta or torch.equal(ours[key], value), key
+
+
+@pytest.mark.parametrize("name", [*OFFICIAL, "single.old-format.pt", "multitask.old-format.pt"])
+def test_import_export_import_is_the_identity(tmp_path: Path, name: str) -> None:
+    first = read_official(DATA / "vectors" / name)
+    save_official(first, tmp_path / "out.pt")
+    again = read_official(tmp_path / "out.pt")
+    assert again.dims == first.dims
+    assert weights_sha256(again.state_dict()) == weights_sha256(first.state_dict())
+
+
+def test_the_member_of_another_task_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="has 1 action dimensions and this task has 2; check --task"):
+        load_official(DATA / "vectors" / "multitask.pt", obs_dim=5, action_dim=2, member=2)
+    with pytest.raises(CheckpointError, match="at most 39 observation and 6 action dimensions, this task has 5 and 7"):
+        load_official(DATA / "vectors" / "multitask.pt", obs_dim=5, action_dim=7, member=2)
 
 
 class Hostile:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specmpc_cli.engine.twohot import two_hot, two_hot_inv, two_hot_loss
+from specmpc_cli.engine.world_model import WorldModel, WorldModelDims
 from specmpc_cli.learning.learner import CapturedUpdate, Learner, LearnerSettings, UpdateInfo, dropout_mask
 from specmpc_cli.learning.losses import Batch, LossSettings, percentile_range
 from specmpc_cli.runtime import choose_runtime
@@ -191,6 +192,54 @@ def test_compiled_updates_agree_with_eager_ones() -> None:
     expected, found = eager.state_dict(), compiled.state_dict()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-4, msg=name)
+
+
+TASKS = torch.arange(SIZE) % 3
+
+
+def make_task_set_learner() -> Learner:
+    torch.manual_seed(0)
+    model = WorldModel(WorldModelDims(4, 2, 16, 24, 24, 2, num_q=3, num_tasks=4, task_dim=5))
+    model.action_masks[1, 1] = 0.0  # the second task has one action dimension
+    return Learner(model, LossSettings((0.9, 0.95, 0.97, 0.99)), LearnerSettings(), choose_runtime("cpu", "fp32"), seed=0)
+
+
+def test_a_task_set_is_learned_task_by_task() -> None:
+    """The embeddings of the batch's tasks move and stay within the unit ball; one of no batch stays where it is, however long."""
+    learner = make_task_set_learner()
+    assert learner.model.task_emb is not None
+    with torch.no_grad():
+        learner.model.task_emb.weight.mul_(1000)
+    before = weights(learner)["task_emb.weight"]
+    for _ in range(3):
+        learner.update(make_batch()._replace(task=TASKS))
+    after = weights(learner)["task_emb.weight"]
+    assert torch.equal(after[3], before[3]) and before[3].norm() > 1
+    assert (after[:3].norm(dim=1) <= 1.01).all() and (before[:3].norm(dim=1) > 1).all()
+
+
+def test_action_dimensions_that_a_task_lacks_change_nothing() -> None:
+    learner = make_task_set_learner()
+    z, task = torch.rand(SIZE, 16), TASKS
+    eps = torch.randn(SIZE, 2)
+    other = torch.where(learner.model.action_masks[task] == 0, 7.0, eps)
+    assert torch.equal(learner.model.pi_sample(z, eps, task), learner.model.pi_sample(z, other, task))
+    assert (learner.model.pi_sample(z, eps, task)[task == 1, 1] == 0).all()
+
+
+def test_a_task_set_continues_bit_for_bit() -> None:
+    batch = make_batch()._replace(task=TASKS)
+    whole = make_task_set_learner()
+    for _ in range(4):
+        whole.update(batch)
+    first = make_task_set_learner()
+    for _ in range(2):
+        first.update(batch)
+    second = make_task_set_learner()
+    second.load_state_dict({name: value.clone() for name, value in first.state_dict().items()}, updates=2)
+    for _ in range(2):
+        second.update(batch)
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in second.state_dict().items())
 
 
 @pytest.mark.gpu

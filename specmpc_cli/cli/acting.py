@@ -1,0 +1,117 @@
+"""The commands that act and measure: eval, compare, bench."""
+
+from typing import Annotated, Any
+
+import typer
+
+from specmpc_cli.cli.options import (
+    AcceptBelowOption,
+    ArchOption,
+    Common,
+    EpisodesOption,
+    PresetOption,
+    ReplanAboveOption,
+    RequireOption,
+    SetOption,
+    TaskOption,
+    common_options,
+)
+from specmpc_cli.cli.session import envs_for, matching_correctors, open_store, output_for, parse_horizons, prepare_planner
+from specmpc_cli.errors import GateFailed
+
+
+@common_options
+def eval_(
+    common: Common,
+    task: TaskOption = None,
+    mode: Annotated[str, typer.Option(help="baseline, policy, naive, corrected or adaptive.")] = "corrected",
+    horizon: Annotated[int | None, typer.Option(min=1, help="Env steps per plan, for naive and corrected; 6 if left out.")] = None,
+    arch: ArchOption = None,
+    episodes: EpisodesOption = 10,
+    accept_below: AcceptBelowOption = None,
+    replan_above: ReplanAboveOption = None,
+    preset: PresetOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Run one way of acting."""
+    from specmpc_cli.cli.tables import comparison_table
+    from specmpc_cli.workflows.acting import Mode, check_way, choose_way
+    from specmpc_cli.workflows.compare import evaluate_one
+    from specmpc_cli.workflows.plots import row_label
+
+    out = output_for(common)
+    options = {"horizon": horizon, "arch": arch, "accept_below": accept_below, "replan_above": replan_above}
+    check_way(mode, **options)
+    store, bench = open_store(common, out, task, preset, set_)
+    way = choose_way(store, bench, mode, **options)
+    if way.corrector is not None:
+        out.note(f"corrector: {way.corrector.arch} ({way.corrector.source})")
+    if way.mode is not Mode.POLICY:
+        prepare_planner(out, bench)
+    with out.progress() as progress:
+        bar = progress.add_task(way.label, total=episodes * bench.spec.decisions, state="env steps")
+        report = evaluate_one(
+            bench, way, episodes=episodes, seed=common.seed, num_envs=envs_for(episodes), on_step=lambda _: progress.advance(bar)
+        )
+    out.table(comparison_table(report, row_label))
+    out.document(report)
+
+
+@common_options
+def compare(
+    common: Common,
+    task: TaskOption = None,
+    horizons: Annotated[str, typer.Option(help="Env steps per plan, separated by commas.")] = "1,3,6",
+    arch: Annotated[list[str] | None, typer.Option(help="Corrector to compare; repeatable, all fitted ones if left out.")] = None,
+    episodes: EpisodesOption = 10,
+    detail: Annotated[bool, typer.Option("--detail", help="Also a table by age of the plan.")] = False,
+    require: RequireOption = None,
+    preset: PresetOption = None,
+    set_: SetOption = None,
+) -> None:
+    """All ways of acting side by side: return against planner calls saved."""
+    from specmpc_cli.cli.tables import by_age_table, comparison_table
+    from specmpc_cli.workflows.acting import check_archs
+    from specmpc_cli.workflows.compare import compare as run
+    from specmpc_cli.workflows.compare import keep_results, parse_requirements, rows_meeting, ways_of
+    from specmpc_cli.workflows.plots import row_label
+
+    out = output_for(common)
+    requirements = parse_requirements(require) if require else []
+    steps = parse_horizons(horizons)
+    archs = check_archs(arch) if arch else None
+    store, bench = open_store(common, out, task, preset, set_)
+    ways = ways_of(bench, steps, matching_correctors(out, store, bench, archs))
+    prepare_planner(out, bench)
+    with out.progress() as progress:
+        total = episodes * bench.spec.decisions
+        overall = progress.add_task("ways of acting", total=len(ways), state="")
+        bar = progress.add_task("", total=total, state="env steps")
+
+        def finished(row: dict[str, Any]) -> None:
+            progress.advance(overall)
+            out.note(f"{row_label(row)}: return {row['return_mean']:.1f}, {row['calls_saved']:.0%} of the planner calls saved")
+
+        report = run(
+            bench,
+            ways,
+            episodes=episodes,
+            seed=common.seed,
+            num_envs=envs_for(episodes),
+            on_way=lambda _, way: progress.reset(bar, total=total, description=way.label),
+            on_step=lambda _: progress.advance(bar),
+            on_row=finished,
+        )
+    out.table(comparison_table(report, row_label))
+    out.document(report)
+    if detail:
+        out.table(by_age_table(report, row_label))
+    out.note("vs baseline: ratio of means, interval from a bootstrap over paired episodes; latency: one environment, warm-up left out")
+    as_json, as_png = keep_results(store, report)
+    out.say(f"results: {as_json}")
+    out.say(f"plot:    {as_png}")
+    if requirements:
+        meeting = rows_meeting(report, requirements)
+        if not meeting:
+            raise GateFailed(f"no row meets --require {require}")
+        out.note(f"--require is met by {', '.join(row_label(row) for row in meeting)}")

@@ -1,0 +1,140 @@
+"""The commands that distil a planner: collect, fit-corrector."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from specmpc_cli.cli.options import Common, PresetOption, SetOption, TaskOption, common_options
+from specmpc_cli.cli.session import open_store, output_for, prepare_planner
+
+if TYPE_CHECKING:
+    from specmpc_cli.data.shards import Shard
+    from specmpc_cli.learning.corrector_fit import Epoch
+    from specmpc_cli.workflows.store import FittedCorrector
+
+
+@common_options
+def collect(
+    common: Common,
+    task: TaskOption = None,
+    episodes: Annotated[int, typer.Option(help="Episodes per round.")] = 10,
+    rounds: Annotated[int, typer.Option(help="Rounds; from the second on the current corrector acts (DAgger).")] = 1,
+    arch: Annotated[str, typer.Option(help="Corrector that acts from round 2 on: two-tower or temporal.")] = "two-tower",
+    preset: PresetOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Run the teacher and label every step with what a fresh plan would do."""
+    from specmpc_cli.workflows.acting import check_archs
+    from specmpc_cli.workflows.collect import collect as run
+    from specmpc_cli.workflows.fit_corrector import as_corrector
+    from specmpc_cli.workflows.fit_corrector import fit as fit_network
+
+    out = output_for(common)
+    check_archs([arch])
+    store, bench = open_store(common, out, task, preset, set_)
+    with out.progress() as progress:
+        bar = progress.add_task("round 1", total=None, state="")
+
+        def begin_round(round_: int, missing: int) -> None:
+            if missing:
+                prepare_planner(out, bench)
+            progress.reset(bar, total=missing * bench.spec.decisions, description=f"round {round_}", state="env steps")
+
+        def fit(shards: "list[Shard]") -> "FittedCorrector":
+            progress.update(bar, state=f"fitting {arch}")
+            corrector = as_corrector(bench, fit_network(bench, arch, shards, seed=common.seed))
+            progress.update(bar, state="env steps")
+            return corrector
+
+        report = run(
+            store,
+            bench,
+            episodes=episodes,
+            rounds=rounds,
+            seed=common.seed,
+            fit=fit,
+            on_step=lambda: progress.advance(bar),
+            on_round=begin_round,
+        )
+    if report.new_episodes == 0:
+        out.note("nothing to do: the dataset has these episodes already; ask for more --episodes or --rounds, or another --seed")
+    for group, returns in report.returns.items():
+        out.note(f"{group} steps per plan: mean return {sum(returns) / len(returns):.1f} over {len(returns)} episodes")
+    out.say(f"{report.rows} rows from {report.episodes} episodes ({report.new_episodes} new) in {report.folder}")
+    out.document(
+        {
+            "schema": 1,
+            "task": store.task,
+            "dataset": str(report.folder),
+            "episodes": report.episodes,
+            "new_episodes": report.new_episodes,
+            "rows": report.rows,
+            "returns": report.returns,
+        }
+    )
+
+
+@common_options
+def fit_corrector(
+    common: Common,
+    task: TaskOption = None,
+    arch: Annotated[list[str] | None, typer.Option(help="two-tower or temporal; repeatable, both if left out.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Most passes over the data.")] = None,
+    preset: PresetOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Distil the planner into a corrector."""
+    from dataclasses import asdict
+
+    from specmpc_cli.cli.tables import fit_table
+    from specmpc_cli.engine.correctors import CORRECTORS
+    from specmpc_cli.workflows.acting import check_archs
+    from specmpc_cli.workflows.fit_corrector import fit, measure_label_noise, save
+
+    out = output_for(common)
+    archs = check_archs(list(dict.fromkeys(arch or CORRECTORS)))
+    settings = [*(set_ or []), *([f"corrector.epochs={epochs}"] if epochs else [])]
+    store, bench = open_store(common, out, task, preset, settings)
+    shards = store.newest_dataset(bench.teacher)
+    folder = shards[0].path.parent
+    out.note(f"data: {folder} ({sum(shard.rows for shard in shards)} rows from {len(shards)} episodes)")
+    fitted = []
+    with out.progress() as progress:
+        for name in archs:
+            bar = progress.add_task(name, total=bench.config.corrector.epochs, state="")
+
+            def show(line: "Epoch", bar: Any = bar) -> None:
+                progress.update(bar, completed=line.epoch, state=f"validation {line.validation_error:.4f}")
+
+            fitted.append(fit(bench, name, shards, seed=common.seed, on_epoch=show))
+            progress.stop_task(bar)
+    prepare_planner(out, bench)
+    noise = measure_label_noise(bench, shards, seed=common.seed)
+    folders = [save(store, bench, network, noise) for network in fitted]
+    out.table(fit_table(fitted, noise))
+    out.say(
+        f"label noise: two fresh plans of one state differ by {noise:.4f}; "
+        f"a corrector that knew their mean would be left with half of it, {noise / 2:.4f}"
+    )
+    for path in folders:
+        out.say(f"{path.name}: {path}")
+    out.document(
+        {
+            "schema": 1,
+            "task": store.task,
+            "dataset": str(folder),
+            "label_noise": noise,
+            "correctors": [
+                {
+                    "arch": one.network.arch,
+                    "path": str(path),
+                    "parameters": one.parameters,
+                    "validation_error": one.fit.best.validation_error,
+                    "planned_error": one.fit.planned_error,
+                    "prior_error": one.fit.prior_error,
+                    "curve": [asdict(line) for line in one.fit.curve],
+                }
+                for one, path in zip(fitted, folders, strict=True)
+            ],
+        }
+    )
