@@ -93,7 +93,7 @@ def load_controller(
     bench = Workbench(teacher, lookup(place.task).spec, config_of(teacher, [], []), choose_runtime(device, dtype))
     way = choose_way(place, bench, mode, horizon=horizon, arch=arch, accept_below=accept_below, replan_above=replan_above)
     if way.mode is not Mode.POLICY:
-        problem = bench.warm_up()
+        problem = bench.warm_up([way])
         if problem:
             warnings.warn(problem, stacklevel=2)
     return Controller(bench, way, seed)

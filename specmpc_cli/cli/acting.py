@@ -16,7 +16,16 @@ from specmpc_cli.cli.options import (
     TaskOption,
     common_options,
 )
-from specmpc_cli.cli.session import envs_for, matching_correctors, open_store, output_for, parse_horizons, prepare_planner
+from specmpc_cli.cli.session import (
+    describe,
+    envs_for,
+    matching_correctors,
+    open_store,
+    output_for,
+    parse_horizons,
+    prepare_acting,
+    runtime_for,
+)
 from specmpc_cli.errors import GateFailed
 
 
@@ -47,7 +56,7 @@ def eval_(
     if way.corrector is not None:
         out.note(f"corrector: {way.corrector.arch} ({way.corrector.source})")
     if way.mode is not Mode.POLICY:
-        prepare_planner(out, bench)
+        prepare_acting(out, bench, [way])
     with out.progress() as progress:
         bar = progress.add_task(way.label, total=episodes * bench.spec.decisions, state="env steps")
         report = evaluate_one(
@@ -82,7 +91,7 @@ def compare(
     archs = check_archs(arch) if arch else None
     store, bench = open_store(common, out, task, preset, set_)
     ways = ways_of(bench, steps, matching_correctors(out, store, bench, archs))
-    prepare_planner(out, bench)
+    prepare_acting(out, bench, ways)
     with out.progress() as progress:
         total = episodes * bench.spec.decisions
         overall = progress.add_task("ways of acting", total=len(ways), state="")
@@ -115,3 +124,34 @@ def compare(
         if not meeting:
             raise GateFailed(f"no row meets --require {require}")
         out.note(f"--require is met by {', '.join(row_label(row) for row in meeting)}")
+
+
+@common_options
+def bench(
+    common: Common,
+    sizes: Annotated[str, typer.Option(help="Model sizes in millions of parameters, separated by commas.")] = "1,5",
+    what: Annotated[str, typer.Option(help="What to time, separated by commas: plan, batch, update, step.")] = "plan,batch,update,step",
+) -> None:
+    """Time our path beside a plain one: fp32, eager, every Q-head, one environment at a time."""
+    from specmpc_cli.cli.tables import benchmark_table
+    from specmpc_cli.workflows.benchmark import benchmark, parse_sizes, parse_what
+
+    out = output_for(common)
+    asked = parse_sizes(sizes), parse_what(what)
+    runtime = runtime_for(common, out)
+    out.note(f"{describe(runtime)} · both paths take turns in this process; anything else that runs here disturbs the figures")
+
+    def preparing(size: int) -> None:
+        out.note(f"{size} M: preparing; the first time on a machine this compiles, about two minutes")
+
+    def finished(row: dict[str, Any]) -> None:
+        out.note(
+            f"{row['what']}, {row['size']} M, batch {row['batch']}: {row['ours_ms']:.2f} ms, {row['ratio']:.2f} × as fast as the plain path"
+        )
+
+    report = benchmark(runtime, *asked, on_prepare=preparing, on_row=finished)
+    for note in report["notes"]:
+        out.note(f"note: {note}")
+    out.table(benchmark_table(report))
+    out.note("medians; floor: the products alone, at the speed of a large product on this machine")
+    out.document(report)

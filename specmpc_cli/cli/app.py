@@ -70,6 +70,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fit-corrector": distilling.fit_corrector,
     "eval": acting.eval_,
     "compare": acting.compare,
+    "bench": acting.bench,
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)

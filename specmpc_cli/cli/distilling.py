@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specmpc_cli.cli.options import Common, PresetOption, SetOption, TaskOption, common_options
-from specmpc_cli.cli.session import open_store, output_for, prepare_planner
+from specmpc_cli.cli.session import open_store, output_for, prepare_acting
 
 if TYPE_CHECKING:
     from specmpc_cli.data.shards import Shard
@@ -37,7 +37,7 @@ def collect(
 
         def begin_round(round_: int, missing: int) -> None:
             if missing:
-                prepare_planner(out, bench)
+                prepare_acting(out, bench)
             progress.reset(bar, total=missing * bench.spec.decisions, description=f"round {round_}", state="env steps")
 
         def fit(shards: "list[Shard]") -> "FittedCorrector":
@@ -108,7 +108,7 @@ def fit_corrector(
 
             fitted.append(fit(bench, name, shards, seed=common.seed, on_epoch=show))
             progress.stop_task(bar)
-    prepare_planner(out, bench)
+    prepare_acting(out, bench)
     noise = measure_label_noise(bench, shards, seed=common.seed)
     folders = [save(store, bench, network, noise) for network in fitted]
     out.table(fit_table(fitted, noise))

@@ -1,7 +1,7 @@
 """What the commands share: opening the store, saying what was taken, preparing the planner. Loads no torch when imported."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from specmpc_cli.cli.console import Output
@@ -10,7 +10,7 @@ from specmpc_cli.errors import ConfigError
 
 if TYPE_CHECKING:
     from specmpc_cli.runtime import Runtime
-    from specmpc_cli.workflows.acting import Workbench
+    from specmpc_cli.workflows.acting import Way, Workbench
     from specmpc_cli.workflows.store import FittedCorrector, Store
     from specmpc_cli.workflows.training import Trainer
 
@@ -93,10 +93,10 @@ def prepare_training(out: Output, trainer: "Trainer") -> None:
         _prepare(out, "planner and losses", "two minutes", trainer.prepare)
 
 
-def prepare_planner(out: Output, bench: "Workbench") -> None:
-    """Makes the first plan, which compiles the planner, and says so."""
+def prepare_acting(out: Output, bench: "Workbench", ways: "Iterable[Way]" = ()) -> None:
+    """Makes the first plan, and the first step of each corrector in `ways`, which compiles them, and says so."""
     if bench.runtime.compiled and not bench.warm:
-        _prepare(out, "the planner", "a minute", bench.warm_up)
+        _prepare(out, "the planner", "a minute or two", lambda: bench.warm_up(ways))
 
 
 def _prepare(out: Output, what: str, duration: str, prepare: Callable[[], str | None]) -> None:

@@ -45,6 +45,29 @@ def by_age_table(report: dict[str, Any], label: Any) -> Table:
     return table
 
 
+def benchmark_table(report: dict[str, Any]) -> Table:
+    """Our path beside the plain one, and the arithmetic floor."""
+    compiled = "compiled" if report["compiled"] else "eager"
+    title = f"{report['machine']} · {report['device']}, {report['dtype']}, {compiled}, {report['threads']} threads"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    table.add_column("what", no_wrap=True)
+    for name in ("size", "batch", "ours ms", "plain ms", "ratio", "GFLOP", "floor ms", "ours / floor", "pairs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in report["rows"]:
+        table.add_row(
+            row["what"],
+            f"{row['size']} M",
+            str(row["batch"]),
+            *(f"{row[name]:.2f}" for name in ("ours_ms", "plain_ms")),
+            f"{row['ratio']:.2f} ×",
+            f"{row['gflop']:.3g}",
+            f"{row['floor_ms']:.2f}",
+            f"{row['ours_ms'] / row['floor_ms']:.1f} ×",
+            str(row["pairs"]),
+        )
+    return table
+
+
 def fit_table(fitted: Sequence[Any], noise: float) -> Table:
     """Fitted correctors beside the errors to hold them against, and their learning curves."""
     title = "mean squared error per action dimension, on held-out episodes"

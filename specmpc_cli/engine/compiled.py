@@ -9,9 +9,14 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from torch import Tensor
 
+from specmpc_cli.engine.gate import GateLimits
 from specmpc_cli.engine.planner import EAGER, Kernels, iterate, prior_actions
+from specmpc_cli.engine.runner import Judge, Judgement, judge
+from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.runtime import Runtime, use_compile_cache
+from specmpc_cli.types import Corrector
 
 # Every size compiles once. A CPU is filled by one plan; a GPU wants many rows.
 CPU_BATCH_SIZES = (1,)
@@ -28,6 +33,31 @@ def compiled_kernels() -> Kernels:
         torch.compile(prior_actions, fullgraph=True, dynamic=False),
         torch.compile(iterate, fullgraph=True, dynamic=False),
     )
+
+
+@cache
+def compiled_judge() -> Judge:
+    """The judgement of one row with a corrector, compiled for each architecture; more rows, and rows without one, are judged eagerly.
+
+    One row is a controller's step, where a hundred small operations cost more than the arithmetic; a batch of episodes is not worth
+    a compilation per size.
+    """
+    use_compile_cache()
+    torch._dynamo.config.recompile_limit = 256
+    one_row = torch.compile(judge, fullgraph=True, dynamic=False)
+
+    def judge_rows(
+        model: WorldModel, corrector: Corrector | None, metric: str, limits: GateLimits, obs: Tensor, *seen: Tensor
+    ) -> Judgement:
+        chosen = one_row if corrector is not None and len(obs) == 1 else judge
+        return chosen(model, corrector, metric, limits, obs, *seen)
+
+    return judge_rows
+
+
+def judge_for(runtime: Runtime) -> Judge:
+    """Compiled or eager judgement, as the runtime was chosen."""
+    return compiled_judge() if runtime.compiled else judge
 
 
 def kernels_for(runtime: Runtime) -> Kernels:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +51,21 @@ class GateRule:
         assert self.metric in METRICS
 
 
-def decide(mismatch: Tensor, expected_error: Tensor, age: Tensor, first: Tensor, rule: GateRule) -> tuple[Tensor, Tensor]:
+class GateLimits(NamedTuple):
+    """A rule's numbers as scalar tensors, so that a compiled step is compiled once for all rules."""
+
+    horizon: Tensor
+    accept_below: Tensor
+    replan_above: Tensor
+    replan_above_error: Tensor
+
+
+def limits_of(rule: GateRule, device: torch.device) -> GateLimits:
+    """The rule's numbers on a device."""
+    return GateLimits(*(torch.tensor(getattr(rule, name), device=device) for name in GateLimits._fields))
+
+
+def decide(mismatch: Tensor, expected_error: Tensor, age: Tensor, first: Tensor, rule: GateRule | GateLimits) -> tuple[Tensor, Tensor]:
     """Each row's decision and the reason of its replan, all [B]; rows decide independently.
 
     An episode's first step and an exhausted plan always replan; else mismatch ≤ accept_below accepts, mismatch > replan_above (or an
@@ -61,9 +76,9 @@ def decide(mismatch: Tensor, expected_error: Tensor, age: Tensor, first: Tensor,
     # A mismatch that is not a number is no evidence that the plan holds: it replans.
     diverged = ~accept & ((mismatch > rule.replan_above) | (expected_error > rule.replan_above_error) | mismatch.isnan())
 
-    reason = torch.full_like(age, ReplanReason.NONE)
-    reason = torch.where(diverged, ReplanReason.MISMATCH, reason)
-    reason = torch.where(exhausted, ReplanReason.EXHAUSTED, reason)
-    reason = torch.where(first, ReplanReason.FIRST, reason)
+    reason = torch.full_like(age, int(ReplanReason.NONE))
+    reason = torch.where(diverged, int(ReplanReason.MISMATCH), reason)
+    reason = torch.where(exhausted, int(ReplanReason.EXHAUSTED), reason)
+    reason = torch.where(first, int(ReplanReason.FIRST), reason)
     kept = torch.where(accept, int(Decision.ACCEPT), int(Decision.CORRECT))
-    return torch.where(reason == ReplanReason.NONE, kept, int(Decision.REPLAN)), reason
+    return torch.where(reason == int(ReplanReason.NONE), kept, int(Decision.REPLAN)), reason

@@ -5,16 +5,17 @@ The runner holds no state: `act` takes the state and returns the next one. Plain
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from specmpc_cli.engine.gate import METRICS, GateRule, decide
+from specmpc_cli.engine.gate import METRICS, GateLimits, GateRule, decide, limits_of
 from specmpc_cli.engine.planner import PlannerSettings
 from specmpc_cli.engine.world_model import WorldModel
-from specmpc_cli.types import Corrector, Decision, Plan, Rows, RunnerState, StepLog, Visit
+from specmpc_cli.types import Corrector, Decision, Plan, RunnerState, StepLog, Visit
 
 Tail = Literal["policy", "hold"]
 
@@ -27,16 +28,48 @@ class Planner(Protocol):
     def __call__(self, z: Tensor, warm_start: Tensor, streams: Tensor, steps: Tensor) -> Plan: ...
 
 
-@dataclass(frozen=True)
-class Assessment(Rows):
-    """One step seen and judged, before any planner call."""
+class Judgement(NamedTuple):
+    """One step of every row seen and judged, before any planner call."""
 
-    visit: Visit
+    z: Tensor  # [B, Z]
+    z_pred: Tensor  # [B, Z] z itself on an episode's first step
+    planned: Tensor  # [B, A]
+    history: Tensor  # [B, W, 3Z+A], this step included
     mismatch: Tensor  # [B] NaN on an episode's first step
     delta: Tensor  # [B, A] the corrector's proposal, 0 without one
     decision: Tensor  # [B]
     reason: Tensor  # [B]
-    warm_start: Tensor  # [B, H, A] of the plan a replan would make
+
+
+def judge(
+    model: WorldModel,
+    corrector: Corrector | None,
+    metric: str,
+    limits: GateLimits,
+    obs: Tensor,
+    z_pred: Tensor,
+    planned: Tensor,
+    age: Tensor,
+    history: Tensor,
+    first: Tensor,
+) -> Judgement:
+    """Encodes obs [B, O], compares with the plan (z_pred [B, Z], planned [B, A], age [B]), asks the corrector and decides. Pure.
+
+    `history` [B, W, 3Z+A] is of the steps before this one; only correctors read it, so without one it stays as it is.
+    """
+    z = model.encode(obs)
+    z_pred = torch.where(first.unsqueeze(1), z, z_pred)
+    mismatch = METRICS[metric](z, z_pred).masked_fill(first, torch.nan)
+    delta, expected_error = torch.zeros_like(planned), torch.zeros_like(mismatch)
+    if corrector is not None:
+        entry = torch.cat([z, z_pred, z - z_pred, planned], dim=1).masked_fill(first.unsqueeze(1), 0.0)
+        history = torch.cat([history[:, 1:], entry.unsqueeze(1)], dim=1).masked_fill(first[:, None, None], 0.0)
+        delta, expected_error = corrector(Visit(z, z_pred, planned, model.pi_mean(z), age, history))
+    decision, reason = decide(mismatch, expected_error, age, first, limits)
+    return Judgement(z, z_pred, planned, history, mismatch, delta, decision, reason)
+
+
+Judge = Callable[..., Judgement]  # `judge`, or a compiled one (engine/compiled.py)
 
 
 class SpeculativeRunner:
@@ -51,6 +84,7 @@ class SpeculativeRunner:
         *,
         tail: Tail = "policy",
         history: int = 8,
+        judge: Judge = judge,
     ) -> None:
         """
         Args:
@@ -58,10 +92,13 @@ class SpeculativeRunner:
             tail: how a plan goes on beyond the planner's horizon: `policy` follows the policy prior's mean through the
                 dynamics, `hold` repeats the last planned action.
             history: W, the steps a corrector may look back on.
+            judge: the function above, or a compiled one.
         """
         self.model = model
         self.planner = planner
         self.rule = rule
+        self._metric, self._limits = rule.metric, limits_of(rule, next(model.parameters()).device)
+        self._judge = judge
         self.corrector = corrector
         self.history = history
         self._next_action = model.pi_mean if tail == "policy" else None
@@ -91,39 +128,29 @@ class SpeculativeRunner:
     @torch.inference_mode()
     def act(self, obs: Tensor, state: RunnerState, first: Tensor) -> tuple[Tensor, RunnerState, StepLog]:
         """See `types.Actor`. Only the rows that need a plan are planned."""
-        seen = self.assess(obs, state, first)
+        seen = self.judge(obs, state, first)
         rows = torch.nonzero(seen.decision == Decision.REPLAN).squeeze(1)
-        fresh = self.replan(seen.take(rows), state.take(rows)) if len(rows) else None
+        fresh = None
+        if len(rows):
+            replanning = state.take(rows)
+            fresh = self.replan(seen.z[rows], self.warm_start(replanning, first[rows]), replanning)
         return self.execute(seen, state, rows, fresh)
 
-    def assess(self, obs: Tensor, state: RunnerState, first: Tensor) -> Assessment:
-        """Encodes, compares with the plan, asks the corrector and decides; nothing is planned."""
+    def judge(self, obs: Tensor, state: RunnerState, first: Tensor) -> Judgement:
+        """What is seen and decided, before anything is planned."""
         assert obs.shape == (first.shape[0], self.model.dims.obs_dim), obs.shape
-        z = self.model.encode(obs)
-        row = torch.arange(len(first), device=z.device)
+        row = torch.arange(len(first), device=first.device)
         age = state.age.clamp(max=self._length - 1)
         z_pred, planned = state.plan.latents[row, age], state.plan.actions[row, age]
-        z_pred = torch.where(first.unsqueeze(1), z, z_pred)
-        mismatch = METRICS[self.rule.metric](z, z_pred).masked_fill(first, torch.nan)
+        return self._judge(self.model, self.corrector, self._metric, self._limits, obs, z_pred, planned, state.age, state.history, first)
 
-        entry = torch.cat([z, z_pred, z - z_pred, planned], dim=1).masked_fill(first.unsqueeze(1), 0.0)
-        history = torch.cat([state.history[:, 1:], entry.unsqueeze(1)], dim=1).masked_fill(first[:, None, None], 0.0)
-        visit = Visit(z, z_pred, planned, self.model.pi_mean(z), state.age, history)
+    def replan(self, z: Tensor, warm_start: Tensor, state: RunnerState) -> Plan:
+        """Plans every row given, from latents z [B, Z], and appends the tail."""
+        return self._extend(self.planner(z, warm_start, state.stream, state.step))
 
-        delta, expected_error = torch.zeros_like(planned), torch.zeros_like(mismatch)
-        if self.corrector is not None:
-            delta, expected_error = self.corrector(visit)
-        decision, reason = decide(mismatch, expected_error, state.age, first, self.rule)
-        return Assessment(visit, mismatch, delta, decision, reason, self._warm_start(state, first))
-
-    def replan(self, seen: Assessment, state: RunnerState) -> Plan:
-        """Plans every row given, and appends the tail."""
-        fresh = self.planner(seen.visit.z, seen.warm_start, state.stream, state.step)
-        return self._extend(fresh)
-
-    def execute(self, seen: Assessment, state: RunnerState, rows: Tensor, fresh: Plan | None) -> tuple[Tensor, RunnerState, StepLog]:
+    def execute(self, seen: Judgement, state: RunnerState, rows: Tensor, fresh: Plan | None) -> tuple[Tensor, RunnerState, StepLog]:
         """Acts as decided. `fresh` holds the plans of the rows (indices) that decided to replan."""
-        planned, corrected = seen.visit.planned, seen.decision == Decision.CORRECT
+        planned, corrected = seen.planned, seen.decision == Decision.CORRECT
         delta = torch.where(corrected.unsqueeze(1), seen.delta, 0.0)
         action = (planned + delta).clamp(-1, 1)
         correction_norm = torch.linalg.vector_norm(action - planned, dim=1).masked_fill(~corrected, 0.0)
@@ -136,14 +163,14 @@ class SpeculativeRunner:
             decision=seen.decision,
             reason=seen.reason,
             age=age,
-            met_age=seen.visit.age,
+            met_age=state.age,
             mismatch=seen.mismatch,
             correction_norm=correction_norm,
             planner_iterations=(seen.decision == Decision.REPLAN) * self.planner.settings.iterations,
         )
-        return action, RunnerState(plan, age + 1, seen.visit.history, state.stream, state.step + 1), log
+        return action, RunnerState(plan, age + 1, seen.history, state.stream, state.step + 1), log
 
-    def _warm_start(self, state: RunnerState, first: Tensor) -> Tensor:
+    def warm_start(self, state: RunnerState, first: Tensor) -> Tensor:
         """The old plan's mean shifted by its age, per row; where it runs out the tail's actions, where those run out 0; → [B, H, A]."""
         plan, horizon = state.plan, self.planner.settings.horizon
         course = torch.cat([plan.mean, plan.actions[:, horizon:]], dim=1)  # [B, L, A]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -14,7 +14,7 @@ from torch._dynamo.exc import TorchDynamoException
 from specmpc_cli.config.schema import Config, PlannerConfig
 from specmpc_cli.engine.actors import PolicyActor
 from specmpc_cli.engine.batched_planner import BatchedPlanner
-from specmpc_cli.engine.compiled import batch_sizes_for, kernels_for
+from specmpc_cli.engine.compiled import batch_sizes_for, judge_for, kernels_for
 from specmpc_cli.engine.correctors import CORRECTORS
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import PlannerSettings
@@ -101,8 +101,8 @@ class Workbench:
                     f"the teacher in {teacher.path} expects {have} {what} dimensions, {spec.task} has {want}; import the right one"
                 )
         self.teacher, self.spec, self.config, self.runtime = teacher, spec, config, runtime
+        self.warm = False  # whether everything that is to act has acted once, and so is compiled
         self.model = teacher.model.to(runtime.device)
-        self.warm = False  # whether the planner has planned, and so is compiled
         self.planner = self.planner_for(config.planner)
 
     def planner_for(self, config: PlannerConfig) -> BatchedPlanner:
@@ -125,19 +125,21 @@ class Workbench:
             corrector.network.to(self.runtime.device) if corrector else None,
             tail=self.config.speculation.tail,
             history=corrector.network.dims.history if corrector else DEFAULT_HISTORY,
+            judge=judge_for(self.runtime),
         )
 
-    def warm_up(self) -> str | None:
-        """Makes one plan per batch size, which compiles what will be compiled.
+    def warm_up(self, ways: Iterable[Way] = ()) -> str | None:
+        """Makes one plan per batch size and one step of each corrector in `ways`, which compiles what will be compiled.
 
         Returns:
-            What went wrong, if compiling failed on this machine; planning is eager from then on.
+            What went wrong, if compiling failed on this machine; acting is eager from then on.
         """
-        if self.warm:
-            return None
         self.warm = True
         try:
             plan_once(self.planner, self.model, self.runtime)
+            correctors = {way.corrector.arch: way for way in ways if way.corrector is not None}
+            for way in correctors.values():
+                step_once(self.runner(way))
         except COMPILER_ERRORS as error:
             if not self.runtime.compiled:
                 raise
@@ -156,6 +158,15 @@ def plan_once(planner: BatchedPlanner, model: WorldModel, runtime: Runtime) -> N
         warm_start = torch.zeros(rows, planner.settings.horizon, d.action_dim, device=device)
         index = torch.zeros(rows, dtype=torch.int64, device=device)
         planner(z, warm_start, index, index)
+
+
+@torch.inference_mode()
+def step_once(runner: SpeculativeRunner) -> None:
+    """Plans and then acts on that plan, for one row, which compiles what will be compiled."""
+    obs = torch.zeros(1, runner.model.dims.obs_dim, device=next(runner.model.parameters()).device)
+    first = torch.ones(1, dtype=torch.bool, device=obs.device)
+    _, state, _ = runner.act(obs, runner.initial_state(1), first)
+    runner.act(obs, state, ~first)
 
 
 def choose_way(

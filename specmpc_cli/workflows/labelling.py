@@ -52,23 +52,25 @@ class Labeller:
 
     @torch.inference_mode()
     def act(self, obs: Tensor, state: LabellerState, first: Tensor) -> tuple[Tensor, LabellerState, LabelledLog]:
-        seen = self.runner.assess(obs, state.runner, first)
+        seen = self.runner.judge(obs, state.runner, first)
         if self.behaviour is Behaviour.TEACHER:
             shifted = torch.cat([state.teacher_mean[:, 1:], torch.zeros_like(state.teacher_mean[:, :1])], dim=1)
-            seen = replace(seen, warm_start=shifted.masked_fill(first[:, None, None], 0.0))
-        fresh = self.runner.replan(seen, state.runner)
+            warm_start = shifted.masked_fill(first[:, None, None], 0.0)
+        else:
+            warm_start = self.runner.warm_start(state.runner, first)
+        fresh = self.runner.replan(seen.z, warm_start, state.runner)
         rows = torch.nonzero(seen.decision == Decision.REPLAN).squeeze(1)
         action, after, log = self.runner.execute(seen, state.runner, rows, fresh.take(rows) if len(rows) else None)
         if self.behaviour is Behaviour.TEACHER:
             action = fresh.actions[:, 0]
         labelled = LabelledLog(
             **vars(log),
-            z=seen.visit.z,
-            z_pred=seen.visit.z_pred,
-            a_plan=seen.visit.planned,
+            z=seen.z,
+            z_pred=seen.z_pred,
+            a_plan=seen.planned,
             a_teacher_mean=fresh.mean[:, 0],
             a_teacher_std=fresh.std[:, 0],
             a_teacher=fresh.actions[:, 0],
-            warm_start=seen.warm_start,
+            warm_start=warm_start,
         )
         return action, LabellerState(after, fresh.mean), labelled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -12,8 +13,11 @@ import torch
 
 from specmpc_cli import runtime
 from specmpc_cli.engine.batched_planner import BatchedPlanner
-from specmpc_cli.engine.compiled import batch_sizes_for, compiled_kernels, kernels_for
+from specmpc_cli.engine.compiled import batch_sizes_for, compiled_judge, compiled_kernels, judge_for, kernels_for
+from specmpc_cli.engine.correctors import CorrectorDims, build_corrector
+from specmpc_cli.engine.gate import GateRule, limits_of
 from specmpc_cli.engine.planner import EAGER, PlannerSettings
+from specmpc_cli.engine.runner import judge
 from specmpc_cli.errors import ConfigError
 from tests.conftest import make_model
 
@@ -33,13 +37,40 @@ def test_compiled_and_eager_plans_agree(num_q: int) -> None:
     torch.testing.assert_close(eager.actions, compiled.actions, rtol=0, atol=1e-4)
 
 
+@pytest.mark.compiler
+def test_the_compiled_step_decides_what_the_eager_one_does_under_any_rule() -> None:
+    """Compiled once: other thresholds and horizons are data, not code."""
+    model = make_model()
+    corrector = build_corrector("two-tower", CorrectorDims(16, 2, 32, 4)).requires_grad_(False).eval()
+    with torch.no_grad():
+        corrector.head.weight.normal_(std=0.1)
+    compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for number, rule in enumerate((GateRule(6), GateRule(3, 0.1, 0.5), GateRule(9, -math.inf, 0.0), GateRule(9, math.inf))):
+        torch.manual_seed(number)
+        seen = (
+            torch.randn(1, 4),
+            torch.rand(1, 16),
+            torch.rand(1, 2),
+            torch.tensor([2 + number]),
+            torch.rand(1, 4, 50),
+            torch.tensor([False]),
+        )
+        with torch.inference_mode():
+            limits = limits_of(rule, torch.device("cpu"))
+            eager = judge(model, corrector, "l2", limits, *seen)
+            compiled = compiled_judge()(model, corrector, "l2", limits, *seen)
+        for ours, theirs in zip(compiled, eager, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations + 1
+
+
 def test_without_a_compiler_planning_is_eager_with_one_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("SPECMPC_COMPILE", "1")
     chosen = runtime.choose_runtime("cpu", "fp32")
     assert not chosen.compiled and len(chosen.notes) == 1 and "no C++ compiler" in chosen.notes[0]
-    assert kernels_for(chosen) is EAGER
+    assert kernels_for(chosen) is EAGER and judge_for(chosen) is judge
 
 
 @pytest.mark.parametrize("lacking", ["g++", "Python.h"])

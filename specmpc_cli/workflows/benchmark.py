@@ -1,0 +1,303 @@
+"""The benchmark: our path beside a plain one (learning/plain.py), interleaved in one process, with the arithmetic floor.
+
+Weights are random: speed does not depend on them. Dimensions are walker-walk's (24 observations, 6 actions), settings the published ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from specmpc_cli.config.schema import CorrectorConfig, PlannerConfig, TrainConfig
+from specmpc_cli.engine.batched_planner import BatchedPlanner
+from specmpc_cli.engine.compiled import judge_for
+from specmpc_cli.engine.correctors import CORRECTORS, CorrectorDims, build_corrector
+from specmpc_cli.engine.gate import GateRule
+from specmpc_cli.engine.planner import EAGER
+from specmpc_cli.engine.runner import SpeculativeRunner, judge
+from specmpc_cli.engine.world_model import MODEL_SIZES, WorldModel, WorldModelDims
+from specmpc_cli.envs.registry import lookup
+from specmpc_cli.errors import ConfigError
+from specmpc_cli.learning.learner import Learner, LearnerSettings
+from specmpc_cli.learning.losses import Batch, LossSettings
+from specmpc_cli.learning.plain import PlainLearner, PlainModel, plain_plan
+from specmpc_cli.runtime import Runtime, Stopwatch
+from specmpc_cli.versions import versions
+from specmpc_cli.workflows.acting import COMPILER_ERRORS, make_planner
+from specmpc_cli.workflows.store import timestamp
+
+WHAT = ("plan", "batch", "update", "step")
+DEFAULT_SIZES = (1, 5)
+TASK = "walker-walk"
+_WARM_UP = 3  # pairs of runs that are not counted
+_SECONDS = 6.0  # of counted runs per row, but no fewer than _FEWEST pairs and no more than _MOST
+_FEWEST, _MOST = 5, 300
+_CPU_BATCH, _CUDA_BATCH = 4, 64
+PEAK_SIZE = {"cpu": 2048, "cuda": 8192}  # of the square product that tells the device's speed
+_HORIZON = 6  # env steps per plan of the timed step, which is of age 1
+
+
+def parse_sizes(text: str) -> list[int]:
+    """`1,5` → sizes in millions of parameters. Raises ConfigError."""
+    known = ", ".join(map(str, MODEL_SIZES))
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--sizes takes sizes separated by commas, such as 1,5; got {text!r}") from None
+    for size in sizes:
+        if size not in MODEL_SIZES:
+            raise ConfigError(f"--sizes must be among {known}, got {size}")
+    return list(dict.fromkeys(sizes))
+
+
+def parse_what(text: str) -> list[str]:
+    """`plan,update` → what to time. Raises ConfigError."""
+    asked = [part.strip() for part in text.split(",")]
+    for one in asked:
+        if one not in WHAT:
+            raise ConfigError(f"--what must be among {', '.join(WHAT)}, got {one!r}")
+    return list(dict.fromkeys(asked))
+
+
+def benchmark(
+    runtime: Runtime,
+    sizes: Sequence[int] = DEFAULT_SIZES,
+    what: Sequence[str] = WHAT,
+    *,
+    seconds: float | None = None,
+    on_prepare: Callable[[int], None] | None = None,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Times each of `what` for each size; → the report of docs/json.md.
+
+    Args:
+        seconds: how long a row's counted runs take, both paths together; 6 if left out.
+        on_prepare: told a size before its kernels are compiled.
+        on_row: told each row as it is measured.
+    """
+    peak = peak_gflops(runtime)
+    notes, rows = [], []
+    for size in sizes:
+        if on_prepare:
+            on_prepare(size)
+        subject = Subject(size, runtime)
+        problem = subject.prepare(what)
+        if problem:
+            runtime = subject.runtime
+            notes.append(problem)
+        for case in subject.cases(what):
+            row = measure(case, runtime, peak, _SECONDS if seconds is None else seconds)
+            rows.append(row)
+            if on_row:
+                on_row(row)
+    return {
+        "schema": 1,
+        "device": runtime.device.type,
+        "machine": machine_name(runtime.device),
+        "dtype": runtime.dtype_name,
+        "compiled": runtime.compiled,
+        "threads": runtime.threads,
+        "peak_gflops": peak,
+        "versions": versions(),
+        "date": timestamp(),
+        "notes": notes,
+        "rows": rows,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row: the same work done by both paths."""
+
+    what: str
+    size: int
+    batch: int
+    ours: Callable[[], object]
+    plain: Callable[[], object]
+    work: Callable[[], object]  # the products of ours, eagerly, for counting them
+
+
+class Subject:
+    """A world model of one size with everything that is timed."""
+
+    def __init__(self, size: int, runtime: Runtime) -> None:
+        self.size, self.runtime = size, runtime
+        self._spec = lookup(TASK).spec
+        torch.manual_seed(0)
+        dims = WorldModelDims(self._spec.obs_dim, self._spec.action_dim, episodic=self._spec.episodic, **MODEL_SIZES[size])
+        self.model = WorldModel(dims).to(runtime.device).requires_grad_(False)
+        self._obs = torch.randn(1, dims.obs_dim, device=runtime.device)
+        self._planner = make_planner(self.model, PlannerConfig(), self._spec, runtime)
+
+    @cached_property
+    def _plain(self) -> PlainModel:
+        return PlainModel(self.model).requires_grad_(False).eval()
+
+    @cached_property
+    def _learner(self) -> Learner:
+        return self._make_learner(self.runtime, LearnerSettings().dropout)
+
+    def _make_learner(self, runtime: Runtime, dropout: float) -> Learner:
+        return Learner(copy.deepcopy(self.model), self._losses, LearnerSettings(dropout=dropout), runtime, seed=0)
+
+    @cached_property
+    def _losses(self) -> LossSettings:
+        return LossSettings(self._spec.discount)
+
+    @cached_property
+    def _plain_learner(self) -> PlainLearner:
+        settings = LearnerSettings()
+        return PlainLearner(PlainModel(self.model, settings.dropout).to(self.runtime.device), self._losses, settings)
+
+    @cached_property
+    def _batch(self) -> Batch:
+        d, train = self.model.dims, TrainConfig()
+        device, shape = self.runtime.device, (train.horizon, train.batch_size)
+        obs = torch.randn(train.horizon + 1, train.batch_size, d.obs_dim, device=device)
+        action = torch.rand(*shape, d.action_dim, device=device) * 2 - 1
+        return Batch(obs, action, torch.randn(shape, device=device), torch.zeros(shape, device=device))
+
+    def prepare(self, what: Sequence[str]) -> str | None:
+        """Runs our path of each once, which compiles what will be compiled; → what went wrong, if this machine cannot compile."""
+        try:
+            for case in self.cases(what):
+                case.ours()
+        except COMPILER_ERRORS as error:
+            if not self.runtime.compiled:
+                raise
+            self.runtime = replace(self.runtime, compiled=False)
+            self._planner = make_planner(self.model, PlannerConfig(), self._spec, self.runtime)
+            self.__dict__.pop("_learner", None)
+            return f"compiling failed, so our path is timed eagerly: {str(error).strip().splitlines()[0]}"
+        return None
+
+    def cases(self, what: Sequence[str]) -> Iterator[Case]:
+        """The rows of this size, in the order of WHAT."""
+        makers = {"plan": self._plan_case, "batch": self._batch_case, "update": self._update_case, "step": self._step_case}
+        for one in WHAT:
+            if one in what:
+                yield makers[one]()
+
+    def _plan_case(self) -> Case:
+        return self._planning("plan", 1)
+
+    def _batch_case(self) -> Case:
+        return self._planning("batch", _CUDA_BATCH if self.runtime.device.type == "cuda" else _CPU_BATCH)
+
+    def _planning(self, what: str, rows: int) -> Case:
+        """Plans from observations, draws included; the plain path plans one environment after the other."""
+        settings = self._planner.settings
+        previous = torch.zeros(settings.horizon, self.model.dims.action_dim, device=self.runtime.device)
+        warm_start = previous.expand(rows, -1, -1).contiguous()
+        index, obs = torch.arange(rows), self._obs.expand(rows, -1).contiguous()
+        eager = BatchedPlanner(self.model, settings, dtype=self.runtime.dtype, kernels=EAGER, batch_sizes=(1, rows) if rows > 1 else (1,))
+
+        @torch.inference_mode()
+        def planned_by(planner: BatchedPlanner) -> None:
+            planner(self.model.encode(obs), warm_start, index, index)
+
+        def plain() -> None:
+            for row in range(rows):
+                plain_plan(self._plain, self._obs, previous, eager.draw(index[row : row + 1], index[row : row + 1], obs.device), settings)
+
+        return Case(what, self.size, rows, lambda: planned_by(self._planner), plain, lambda: planned_by(eager))
+
+    def _update_case(self) -> Case:
+        horizon, size = self._batch.reward.shape
+        eager = self._make_learner(replace(self.runtime, compiled=False), dropout=0.0)  # the plain model drops features itself
+
+        def plain() -> None:
+            self._plain_learner.step(self._batch, eager.draw(horizon, size))
+
+        return Case("update", self.size, size, lambda: self._learner.update(self._batch), plain, lambda: eager.rehearse(size, horizon))
+
+    def _step_case(self) -> Case:
+        """A step that executes its plan: observation in, corrected action out. The plain path is the same step, eagerly and in fp32."""
+        d, config = self.model.dims, CorrectorConfig()
+        dims = CorrectorDims(d.latent_dim, d.action_dim, config.width, config.history, config.layers)
+        torch.manual_seed(0)
+        corrector = build_corrector(next(iter(CORRECTORS)), dims).to(self.runtime.device).requires_grad_(False).eval()
+        ours, plain = (
+            SpeculativeRunner(self.model, self._planner, GateRule(_HORIZON), corrector, history=config.history, judge=one)
+            for one in (judge_for(self.runtime), judge)
+        )
+        first = torch.ones(1, dtype=torch.bool, device=self.runtime.device)
+        _, state, _ = plain.act(self._obs, plain.initial_state(1), first)
+        later = torch.zeros_like(first)
+        return Case(
+            "step",
+            self.size,
+            1,
+            lambda: ours.act(self._obs, state, later),
+            lambda: plain.act(self._obs, state, later),
+            lambda: plain.act(self._obs, state, later),
+        )
+
+
+def measure(case: Case, runtime: Runtime, peak: float, seconds: float) -> dict[str, Any]:
+    """A row of the report: medians of interleaved runs, warm-up left out."""
+    watch = Stopwatch(runtime.device)
+    times: dict[str, list[float]] = {"ours": [], "plain": []}
+    spent, pairs = 0.0, -_WARM_UP
+    while pairs < _FEWEST or (spent < seconds * 1e3 and pairs < _MOST):
+        for name, run in (("ours", case.ours), ("plain", case.plain)):
+            watch.start()
+            run()
+            elapsed = watch.stop_ms()
+            if pairs >= 0:
+                times[name].append(elapsed)
+                spent += elapsed
+        pairs += 1
+    with FlopCounterMode(display=False) as counter:
+        case.work()
+    gflop = counter.get_total_flops() / 1e9
+    ours, plain = statistics.median(times["ours"]), statistics.median(times["plain"])
+    return {
+        "what": case.what,
+        "size": case.size,
+        "batch": case.batch,
+        "ours_ms": ours,
+        "plain_ms": plain,
+        "ratio": plain / ours,
+        "floor_ms": gflop / peak * 1e3,
+        "gflop": gflop,
+        "pairs": pairs,
+    }
+
+
+def peak_gflops(runtime: Runtime) -> float:
+    """GFLOP/s of a large square matrix product in the runtime's dtype: what arithmetic alone could reach here."""
+    size = PEAK_SIZE[runtime.device.type]
+    a = torch.randn(size, size, device=runtime.device).to(runtime.dtype)
+    watch, times = Stopwatch(runtime.device), []
+    for _ in range(7):
+        watch.start()
+        _product(a)
+        times.append(watch.stop_ms())
+    return 2 * size**3 / 1e6 / min(times[2:])
+
+
+def _product(a: Tensor) -> Tensor:
+    return a @ a
+
+
+def machine_name(device: torch.device) -> str:
+    """The processor's or the GPU's name, as the system gives it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

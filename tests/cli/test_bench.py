@@ -1,0 +1,73 @@
+"""`specmpc bench`: the report, the table, and the options it refuses. Speeds are not tested here; what is counted and paired is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specmpc_cli.engine.world_model import MODEL_SIZES
+from specmpc_cli.runtime import choose_runtime
+from specmpc_cli.workflows.benchmark import WHAT, benchmark, machine_name
+from tests.cli.conftest import Command
+
+ROW = {"what", "size", "batch", "ours_ms", "plain_ms", "ratio", "floor_ms", "gflop", "pairs"}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODEL_SIZES, 1, {"enc_dim": 8, "num_enc_layers": 2, "mlp_dim": 8, "latent_dim": 8, "num_q": 2})
+    monkeypatch.setattr("specmpc_cli.workflows.benchmark._SECONDS", 0.0)
+    monkeypatch.setattr("specmpc_cli.workflows.benchmark.PEAK_SIZE", {"cpu": 64})
+
+
+def test_each_row_pairs_both_paths_and_counts_the_products() -> None:
+    seen: list[str] = []
+    report = benchmark(choose_runtime("cpu", "fp32"), [1], seconds=0.0, on_row=lambda row: seen.append(row["what"]))
+    assert [row["what"] for row in report["rows"]] == list(WHAT) == seen
+    assert report["schema"] == 1 and report["device"] == "cpu" and report["dtype"] == "fp32" and report["machine"]
+    for row in report["rows"]:
+        assert set(row) == ROW and row["size"] == 1 and row["pairs"] == 5
+        assert row["ratio"] == pytest.approx(row["plain_ms"] / row["ours_ms"])
+        assert row["floor_ms"] == pytest.approx(row["gflop"] / report["peak_gflops"] * 1e3)
+    by_name = {row["what"]: row for row in report["rows"]}
+    assert by_name["batch"]["gflop"] == pytest.approx(by_name["batch"]["batch"] * by_name["plan"]["gflop"])
+    assert by_name["update"]["batch"] == 256 and by_name["step"]["gflop"] < by_name["plan"]["gflop"] / 10
+
+
+def test_the_count_of_products_is_the_planners(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every candidate of every iteration passes reward and dynamics at each step, and the policy and two heads at the end."""
+    report = benchmark(choose_runtime("cpu", "fp32"), [1], ["plan"], seconds=0.0)
+    z, a, h, bins, n, horizon, prior = 8, 6, 8, 101, 512, 3, 24
+    hidden = (z + a) * h + h * h
+    # At the first step all candidates share the latent: its part of the first layers is computed once.
+    steps = horizon * (2 * hidden + h * bins + h * z) - 2 * z * h
+    end = z * h + h * h + h * 2 * a + 2 * (hidden + h * bins)
+    per_iteration = 2 * n * (steps + end) + 2 * 2 * z * h
+    policy = 2 * prior * (horizon * (z * h + h * h + h * 2 * a) + (horizon - 1) * (hidden + h * z))
+    rollout = 2 * horizon * (hidden + h * z) + 2 * (24 * h + h * z)
+    assert report["rows"][0]["gflop"] * 1e9 == pytest.approx(6 * per_iteration + policy + rollout, rel=1e-3)
+
+
+def test_the_command_prints_a_table_or_one_document(command: Command) -> None:
+    table = command("bench", "--sizes", "1", "--what", "step")
+    assert table.code == 0 and "plain ms" in table.out and "step" in table.out and "1 M" in table.out
+    document = command("bench", "--sizes", "1", "--what", "step,plan", "--json").document
+    assert [row["what"] for row in document["rows"]] == ["plan", "step"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--sizes", "2"), "--sizes must be among 1, 5, 19, 48, 317, got 2"),
+        (("--sizes", "one"), "--sizes takes sizes separated by commas, such as 1,5; got 'one'"),
+        (("--sizes", ""), "--sizes takes sizes"),
+        (("--what", "plan,nap"), "--what must be among plan, batch, update, step, got 'nap'"),
+        (("--device", "tpu"), "--device must be"),
+    ],
+)
+def test_bad_options_are_refused(command: Command, arguments: tuple[str, ...], message: str) -> None:
+    assert message in command.fails("bench", *arguments)
+
+
+def test_the_machine_has_a_name() -> None:
+    assert machine_name(torch.device("cpu"))
