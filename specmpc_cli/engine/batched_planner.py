@@ -1,14 +1,14 @@
-"""The planner as the runner calls it: any number of rows, with the random draws of each row's own stream.
-
-Draws are keyed by (stream, step), so a row's plan does not depend on which other rows are planned beside it.
-"""
+"""The planner as the runner calls it: any number of rows, with the random draws of each row's own stream (draws.py)."""
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import fields, replace
+
 import torch
 from torch import Tensor
 
+from specmpc_cli.engine.captured import CapturedCall
+from specmpc_cli.engine.draws import Draws, host_draws
 from specmpc_cli.engine.planner import EAGER, Kernels, PlannerNoise, PlannerSettings, plan
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.types import Plan
@@ -18,7 +18,7 @@ class BatchedPlanner:
     """Plans rows in a few fixed batch sizes, so that few shapes are compiled.
 
     On a CPU one plan's 512 candidates already fill the cores, so rows are planned one at a time there: the same speed, and results
-    are equal to the last bit whatever shares the batch.
+    are equal to the last bit whatever shares the batch. On CUDA a whole plan, draws included, is one graph per batch size.
     """
 
     def __init__(
@@ -30,15 +30,23 @@ class BatchedPlanner:
         kernels: Kernels = EAGER,
         batch_sizes: tuple[int, ...] = (1,),
         explore: bool = False,
+        draws: Draws = host_draws,
     ) -> None:
-        """`batch_sizes` must contain 1, so that every number of rows is met without padding; `explore` adds training noise."""
+        """
+        Args:
+            batch_sizes: rows per call; must contain 1, so that every number of rows is met without padding.
+            explore: adds training noise to the first action.
+            draws: where the random draws are made; on CUDA they must be made on the device.
+        """
         assert 1 in batch_sizes
         self.settings = settings
         self._rollout_model = model
         self._compute_model = model.compute_copy(dtype)
         self._kernels = kernels
         self._batch_sizes = sorted(batch_sizes, reverse=True)
-        self._explore = explore
+        on_cuda = next(model.parameters()).device.type == "cuda"
+        self._calls = {size: CapturedCall(self._plan, enabled=on_cuda) for size in batch_sizes}
+        self._explore, self._draws = explore, draws
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -51,45 +59,25 @@ class BatchedPlanner:
         while done < z.shape[0]:
             size = next(size for size in self._batch_sizes if size <= z.shape[0] - done)
             rows = slice(done, done + size)
-            noise = self.draw(streams[rows], steps[rows], z.device)
-            parts.append(
-                plan(
-                    self._compute_model,
-                    z[rows],
-                    warm_start[rows],
-                    noise,
-                    self.settings,
-                    kernels=self._kernels,
-                    rollout_model=self._rollout_model,
-                )
-            )
+            parts.append(Plan(*self._calls[size](z[rows], warm_start[rows], streams[rows], steps[rows])))
             done += size
         return parts[0].concatenate(*parts[1:])
 
-    def draw(self, streams: Tensor, steps: Tensor, device: torch.device) -> PlannerNoise:
-        """The draws of B rows, each from a Philox generator keyed by its (stream, step)."""
-        dims = self._rollout_model.dims
-        rows = [
-            draw_row(self.settings, dims.action_dim, dims.num_q, np.random.Generator(np.random.Philox(key=[stream, step])))
-            for stream, step in zip(streams.tolist(), steps.tolist(), strict=True)
-        ]
-        prior, sample, terminal, q_index, exponential, action = (
-            torch.from_numpy(np.stack(draws)).to(device) for draws in zip(*rows, strict=True)
+    def _plan(self, z: Tensor, warm_start: Tensor, streams: Tensor, steps: Tensor) -> tuple[Tensor, ...]:
+        """The fields of a plan of as many rows as one call takes, draws included."""
+        made = plan(
+            self._compute_model,
+            z,
+            warm_start,
+            self.draw(streams, steps),
+            self.settings,
+            kernels=self._kernels,
+            rollout_model=self._rollout_model,
         )
-        return PlannerNoise(prior, sample, terminal, q_index, exponential, action if self._explore else None)
+        return tuple(getattr(made, field.name) for field in fields(made))
 
-
-def draw_row(s: PlannerSettings, action_dim: int, num_q: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """One row's draws, in the order and with the shapes (less B) of `PlannerNoise`."""
-
-    def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape, dtype=np.float32)
-
-    return (
-        normal(s.num_pi_trajs, s.horizon, action_dim),
-        normal(s.iterations, s.num_samples - s.num_pi_trajs, s.horizon, action_dim),
-        normal(s.iterations, s.num_samples, action_dim),
-        np.stack([rng.permutation(num_q)[:2] for _ in range(s.iterations)]).astype(np.int64),
-        rng.standard_exponential(s.num_elites, dtype=np.float32),
-        normal(action_dim),
-    )
+    def draw(self, streams: Tensor, steps: Tensor) -> PlannerNoise:
+        """The draws of B rows, each keyed by its (stream, step)."""
+        dims = self._rollout_model.dims
+        noise = self._draws(self.settings, dims.action_dim, dims.num_q, streams, steps)
+        return noise if self._explore else replace(noise, action_eps=None)

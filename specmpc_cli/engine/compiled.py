@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from specmpc_cli.engine.draws import Draws, device_draws, host_draws
 from specmpc_cli.engine.gate import GateLimits
 from specmpc_cli.engine.planner import EAGER, Kernels, iterate, prior_actions
 from specmpc_cli.engine.runner import Judge, Judgement, judge
@@ -63,6 +64,20 @@ def judge_for(runtime: Runtime) -> Judge:
 def kernels_for(runtime: Runtime) -> Kernels:
     """Compiled or eager kernels, as the runtime was chosen."""
     return compiled_kernels() if runtime.compiled else EAGER
+
+
+def draws_for(runtime: Runtime) -> Draws:
+    """Where this device's planners draw: on the host for a CPU, on the device, in one kernel if compiled, for CUDA."""
+    if runtime.device.type != "cuda":
+        return host_draws
+    return compiled_draws() if runtime.compiled else device_draws
+
+
+@cache
+def compiled_draws() -> Draws:
+    """The device's draws, compiled."""
+    use_compile_cache()
+    return torch.compile(device_draws, fullgraph=True, dynamic=False)
 
 
 def batch_sizes_for(runtime: Runtime) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from specmpc_cli.engine.captured import CapturedCall
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.learning.losses import Batch, LossSettings, ModelLoss, PolicyLoss, UpdateNoise, policy_loss, world_model_loss
 from specmpc_cli.runtime import Runtime, use_compile_cache
@@ -56,8 +57,6 @@ class LossKernels(NamedTuple):
     policy: Callable[[WorldModel, Tensor, UpdateNoise, Tensor, LossSettings, Tensor | None], PolicyLoss]
 
 
-# Before a graph is captured: they make Adam's state and load the kernels, which a capture must not do.
-_EAGER_UPDATES = 2
 EAGER_LOSSES = LossKernels(world_model_loss, policy_loss)
 
 
@@ -92,19 +91,12 @@ class Learner:
         self._policy_adam = torch.optim.Adam(policy, lr=settings.lr, eps=settings.pi_adam_eps, fused=True, capturable=graph)
         self._policy = policy
         self._embedding = None if model.task_emb is None else TaskEmbedding(model.task_emb.weight)
-        self._eager_updates = 0  # in this process
-        self._captured: CapturedUpdate | None = None
+        self._call = CapturedCall(self._drawn_step, enabled=runtime.device.type == "cuda")
 
     def update(self, batch: Batch) -> UpdateInfo:
         """Update number `updates`, with draws keyed by (seed, number). On CUDA the third one of a process captures a graph."""
         torch.manual_seed(update_key(self._seed, self.updates))
-        if self._captured is None and self._runtime.device.type == "cuda" and self._eager_updates >= _EAGER_UPDATES:
-            self._captured = CapturedUpdate(self._drawn_step, batch)
-        if self._captured is not None:
-            info = self._captured(batch)
-        else:
-            info = self._drawn_step(batch)
-            self._eager_updates += 1
+        info = self._call(*(value for value in batch if value is not None))
         self.updates += 1
         return info
 
@@ -128,7 +120,8 @@ class Learner:
         """Gives up compiling."""
         self._kernels = EAGER_LOSSES
 
-    def _drawn_step(self, batch: Batch) -> UpdateInfo:
+    def _drawn_step(self, *fields: Tensor) -> UpdateInfo:
+        batch = Batch(*fields)
         return self.step(batch, self.draw(*batch.reward.shape))
 
     def draw(self, horizon: int, size: int) -> UpdateNoise:
@@ -264,21 +257,6 @@ class TaskEmbedding:
         assert self._weight.grad is not None
         self.carried.copy_(self._weight.grad)
         self._weight.grad = None
-
-
-class CapturedUpdate:
-    """An update captured in one CUDA graph: launches nothing but copies of the batch and the graph."""
-
-    def __init__(self, step: Callable[[Batch], UpdateInfo], batch: Batch) -> None:
-        self._batch = batch.clone()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._info = step(self._batch)
-
-    def __call__(self, batch: Batch) -> UpdateInfo:
-        self._batch.copy_(batch)
-        self._graph.replay()
-        return UpdateInfo(*(value.clone() for value in self._info))
 
 
 def dropout_mask(shape: tuple[int, ...], share: float, device: torch.device) -> Tensor | None:

@@ -26,17 +26,6 @@ class Batch(NamedTuple):
     terminated: Tensor  # [H, B] 1.0 where obs[1:] is terminal
     task: Tensor | None = None  # [B] int64: each slice's task, for models of a task set
 
-    def clone(self) -> Batch:
-        """A batch with tensors of its own."""
-        task = None if self.task is None else self.task.clone()
-        return Batch(self.obs.clone(), self.action.clone(), self.reward.clone(), self.terminated.clone(), task)
-
-    def copy_(self, other: Batch) -> None:
-        """Fills this batch's tensors with another's."""
-        for mine, value in zip(self, other, strict=True):
-            if mine is not None and value is not None:
-                mine.copy_(value)
-
 
 class UpdateNoise(NamedTuple):
     """All draws of one update."""

@@ -14,7 +14,7 @@ from torch._dynamo.exc import TorchDynamoException
 from specmpc_cli.config.schema import Config, PlannerConfig
 from specmpc_cli.engine.actors import PolicyActor
 from specmpc_cli.engine.batched_planner import BatchedPlanner
-from specmpc_cli.engine.compiled import batch_sizes_for, judge_for, kernels_for
+from specmpc_cli.engine.compiled import batch_sizes_for, draws_for, judge_for, kernels_for
 from specmpc_cli.engine.correctors import CORRECTORS
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import PlannerSettings
@@ -86,6 +86,7 @@ def make_planner(model: WorldModel, config: PlannerConfig, spec: EnvSpec, runtim
         kernels=kernels_for(runtime),
         batch_sizes=batch_sizes_for(runtime),
         explore=explore,
+        draws=draws_for(runtime),
     )
 
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from specmpc_cli.config.schema import CorrectorConfig, PlannerConfig, TrainConfig
 from specmpc_cli.engine.batched_planner import BatchedPlanner
-from specmpc_cli.engine.compiled import judge_for
+from specmpc_cli.engine.compiled import draws_for, judge_for
 from specmpc_cli.engine.correctors import CORRECTORS, CorrectorDims, build_corrector
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import EAGER
@@ -199,8 +199,15 @@ class Subject:
         settings = self._planner.settings
         previous = torch.zeros(settings.horizon, self.model.dims.action_dim, device=self.runtime.device)
         warm_start = previous.expand(rows, -1, -1).contiguous()
-        index, obs = torch.arange(rows), self._obs.expand(rows, -1).contiguous()
-        eager = BatchedPlanner(self.model, settings, dtype=self.runtime.dtype, kernels=EAGER, batch_sizes=(1, rows) if rows > 1 else (1,))
+        index, obs = torch.arange(rows, device=self.runtime.device), self._obs.expand(rows, -1).contiguous()
+        eager = BatchedPlanner(
+            self.model,
+            settings,
+            dtype=self.runtime.dtype,
+            kernels=EAGER,
+            batch_sizes=(1, rows) if rows > 1 else (1,),
+            draws=draws_for(self.runtime),
+        )
 
         @torch.inference_mode()
         def planned_by(planner: BatchedPlanner) -> None:
@@ -208,7 +215,7 @@ class Subject:
 
         def plain() -> None:
             for row in range(rows):
-                plain_plan(self._plain, self._obs, previous, eager.draw(index[row : row + 1], index[row : row + 1], obs.device), settings)
+                plain_plan(self._plain, self._obs, previous, eager.draw(index[row : row + 1], index[row : row + 1]), settings)
 
         return Case(what, self.size, rows, lambda: planned_by(self._planner), plain, lambda: planned_by(eager))
 

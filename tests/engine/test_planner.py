@@ -138,9 +138,9 @@ def test_batched_planning_gives_each_row_the_plan_it_gets_alone(num_q: int) -> N
 
 def test_draws_depend_on_stream_and_step_alone() -> None:
     planner = BatchedPlanner(make_model(num_q=5), SMALL)
-    first = planner.draw(torch.tensor([5, 6]), torch.tensor([0, 9]), torch.device("cpu"))
-    again = planner.draw(torch.tensor([6]), torch.tensor([9]), torch.device("cpu"))
-    other = planner.draw(torch.tensor([6]), torch.tensor([10]), torch.device("cpu"))
+    first = planner.draw(torch.tensor([5, 6]), torch.tensor([0, 9]))
+    again = planner.draw(torch.tensor([6]), torch.tensor([9]))
+    other = planner.draw(torch.tensor([6]), torch.tensor([10]))
     assert torch.equal(first.sample_eps[1], again.sample_eps[0])
     assert not torch.equal(again.sample_eps, other.sample_eps)
     assert (first.q_index[..., 0] != first.q_index[..., 1]).all()  # two different heads

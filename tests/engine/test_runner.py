@@ -214,7 +214,7 @@ def test_execution_horizon_one_equals_plain_replanning_bit_for_bit() -> None:
         action, state, log = runner.act(obs, state, torch.tensor([step == 0]))
         # TD-MPC2 by hand: plan from the observation, warm-started from the last mean shifted by one
         warm = torch.cat([mean[:, 1:], torch.zeros(1, 1, 2)], 1) if step else mean
-        noise = planner.draw(torch.tensor([42]), torch.tensor([step]), torch.device("cpu"))
+        noise = planner.draw(torch.tensor([42]), torch.tensor([step]))
         expected = plan(model, model.encode(obs), warm, noise, SMALL)
         assert torch.equal(action, expected.actions[:, 0])
         assert int(log.decision) == Decision.REPLAN

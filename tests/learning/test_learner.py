@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from specmpc_cli.engine.twohot import two_hot, two_hot_inv, two_hot_loss
 from specmpc_cli.engine.world_model import WorldModel, WorldModelDims
-from specmpc_cli.learning.learner import CapturedUpdate, Learner, LearnerSettings, UpdateInfo, dropout_mask
+from specmpc_cli.learning.learner import Learner, LearnerSettings, dropout_mask
 from specmpc_cli.learning.losses import Batch, LossSettings, percentile_range
 from specmpc_cli.runtime import choose_runtime
 from tests.conftest import make_model
@@ -154,28 +153,6 @@ def test_two_hot_decodes_to_what_it_encoded_and_its_loss_is_the_cross_entropy() 
 def test_percentile_range_interpolates() -> None:
     x = torch.randn(57, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(percentile_range(x), x.quantile(0.95) - x.quantile(0.05))
-
-
-def test_a_captured_update_feeds_the_graph_and_copies_its_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bookkeeping around a CUDA graph, with a stand-in that records on capture and computes again on replay."""
-    recorded: list[Tensor] = []
-
-    def step(batch: Batch) -> UpdateInfo:
-        return UpdateInfo(*(batch.reward.sum() * number for number in range(len(UpdateInfo._fields))))
-
-    class Graph:
-        def replay(self) -> None:
-            for static, value in zip(captured._info, step(captured._batch), strict=True):
-                static.copy_(value)
-            recorded.append(captured._batch.reward.clone())
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
-    captured = CapturedUpdate(step, make_batch(0))
-    first, second = captured(make_batch(1)), captured(make_batch(2))
-    assert [torch.equal(seen, make_batch(number).reward) for number, seen in enumerate(recorded, start=1)] == [True, True]
-    assert float(first.reward_loss) == float(make_batch(1).reward.sum())  # the second replay did not overwrite it
-    assert float(second.reward_loss) == float(make_batch(2).reward.sum())
 
 
 @pytest.mark.compiler

@@ -22,7 +22,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 def test_plans_agree(num_q: int, episodic: bool, warm: bool) -> None:
     model = make_model(num_q=num_q, episodic=episodic)
     settings = PlannerSettings(discount=0.97, num_samples=64, num_elites=8, num_pi_trajs=6)
-    draws = BatchedPlanner(model, settings).draw(torch.tensor([5]), torch.tensor([3]), torch.device("cpu"))
+    draws = BatchedPlanner(model, settings).draw(torch.tensor([5]), torch.tensor([3]))
     obs, previous = torch.randn(1, 4), torch.rand(3, 2) - 0.5 if warm else None
     warm_start = torch.zeros(1, 3, 2)
     if previous is not None:

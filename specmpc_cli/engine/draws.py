@@ -1,0 +1,97 @@
+"""The planner's random draws, keyed by (stream, step), so that a row's plan does not depend on which other rows are planned beside it.
+
+On a CPU they come from numpy's Philox generators, one per row. On an accelerator that would be the slowest part of a plan, and a captured
+graph cannot call the host, so there the counter-based generator itself is computed, for all rows at once. The two give different draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specmpc_cli.engine.planner import PlannerNoise, PlannerSettings
+
+# (settings, action_dim, num_q, streams [B], steps [B]) → the draws of B rows
+Draws = Callable[[PlannerSettings, int, int, Tensor, Tensor], PlannerNoise]
+
+
+def host_draws(s: PlannerSettings, action_dim: int, num_q: int, streams: Tensor, steps: Tensor) -> PlannerNoise:
+    """All draws of B rows, made by numpy; streams and steps [B] int64."""
+    rows = [
+        _host_row(s, action_dim, num_q, np.random.Generator(np.random.Philox(key=[stream, step])))
+        for stream, step in zip(streams.tolist(), steps.tolist(), strict=True)
+    ]
+    return PlannerNoise(*(torch.from_numpy(np.stack(draws)) for draws in zip(*rows, strict=True)))
+
+
+def _host_row(s: PlannerSettings, action_dim: int, num_q: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """One row's draws, in the order and with the shapes (less B) of `PlannerNoise`."""
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    return (
+        normal(s.num_pi_trajs, s.horizon, action_dim),
+        normal(s.iterations, s.num_samples - s.num_pi_trajs, s.horizon, action_dim),
+        normal(s.iterations, s.num_samples, action_dim),
+        np.stack([rng.permutation(num_q)[:2] for _ in range(s.iterations)]).astype(np.int64),
+        rng.standard_exponential(s.num_elites, dtype=np.float32),
+        normal(action_dim),
+    )
+
+
+def device_draws(s: PlannerSettings, action_dim: int, num_q: int, streams: Tensor, steps: Tensor) -> PlannerNoise:
+    """All draws of B rows, computed where streams and steps [B] int64 lie, without a word to the host."""
+    shapes = {
+        "prior_eps": (s.num_pi_trajs, s.horizon, action_dim),
+        "sample_eps": (s.iterations, s.num_samples - s.num_pi_trajs, s.horizon, action_dim),
+        "terminal_eps": (s.iterations, s.num_samples, action_dim),
+        "action_eps": (action_dim,),
+    }
+    counts = [math.prod(shape) for shape in shapes.values()]
+    pairs = math.ceil(sum(counts) / 2)
+    heads, elites = 2 * s.iterations, s.num_elites
+    uniform = _uniform(streams, steps, 2 * pairs + heads + elites)  # [B, n]
+    radius = torch.sqrt(-2.0 * torch.log(uniform[:, :pairs]))  # Box and Muller
+    angle = 2.0 * math.pi * uniform[:, pairs : 2 * pairs]
+    normal = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, : sum(counts)]
+    parts = {name: part.unflatten(1, shapes[name]) for name, part in zip(shapes, normal.split(counts, dim=1), strict=True)}
+    of_heads, of_elites = uniform[:, 2 * pairs :].split([heads, elites], dim=1)
+    return PlannerNoise(q_index=_two_of(num_q, of_heads.unflatten(1, (s.iterations, 2))), exponential=-torch.log(of_elites), **parts)
+
+
+def _two_of(num_q: int, uniform: Tensor) -> Tensor:
+    """Two different heads for each pair of uniforms [..., 2] → int64 [..., 2]."""
+    first = (uniform[..., 0] * num_q).long().clamp(max=num_q - 1)
+    second = (uniform[..., 1] * (num_q - 1)).long().clamp(max=num_q - 2)
+    return torch.stack([first, second + (second >= first)], dim=-1)
+
+
+def _uniform(streams: Tensor, steps: Tensor, count: int) -> Tensor:
+    """Uniform draws in (0, 1) of each row's (stream, step), fp32 [B, count]."""
+    blocks = math.ceil(count / 4)
+    index = torch.arange(blocks, device=streams.device).expand(len(streams), -1)
+    step = steps.unsqueeze(1).expand_as(index)
+    zero = torch.zeros_like(index)
+    words = philox4x32((index, step & _LOW, (step >> 32) & _LOW, zero), (streams.unsqueeze(1) & _LOW, (streams.unsqueeze(1) >> 32) & _LOW))
+    # 24 bits fill fp32's mantissa; the half keeps 0 and 1 out.
+    return ((torch.stack(words, dim=2).flatten(1)[:, :count] >> 8).float() + 0.5) * 2.0**-24
+
+
+_LOW = 0xFFFFFFFF
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al., 2011): four words of counter and two of key → four random words, each in [0, 2³²) as int64."""
+    a, b, c, d = counter
+    k, m = key
+    for _ in range(10):
+        # The products wrap around in int64; their low 64 bits are right, and so are both halves.
+        left, right = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b, c, d = ((right >> 32) & _LOW) ^ b ^ k, right & _LOW, ((left >> 32) & _LOW) ^ d ^ m, left & _LOW
+        k, m = (k + 0x9E3779B9) & _LOW, (m + 0xBB67AE85) & _LOW
+    return a, b, c, d

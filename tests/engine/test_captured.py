@@ -1,0 +1,77 @@
+"""The bookkeeping around a CUDA graph, with a stand-in that records on capture and computes again on replay."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from specmpc_cli.engine.captured import EAGER_CALLS, CapturedCall
+
+
+class Result(NamedTuple):
+    total: Tensor
+    doubled: Tensor
+
+
+def work(x: Tensor, y: Tensor) -> Result:
+    return Result((x + y).sum(), 2 * x)
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> tuple[CapturedCall, list[str]]:
+    events: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            events.append("replay")
+            for static, value in zip(call._outputs, work(*call._inputs), strict=True):
+                static.copy_(value)
+
+    def capturing(graph: Graph) -> contextlib.AbstractContextManager[None]:
+        events.append("capture")
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    call = CapturedCall(work, enabled=True)
+    return call, events
+
+
+def inputs(number: float) -> tuple[Tensor, Tensor]:
+    return torch.full((3,), number), torch.arange(3.0)
+
+
+def test_it_is_eager_at_first_then_captures_once_and_replays(captured: tuple[CapturedCall, list[str]]) -> None:
+    call, events = captured
+    for number in range(EAGER_CALLS):
+        assert torch.equal(call(*inputs(number)).doubled, 2 * inputs(number)[0])
+    assert events == []
+    call(*inputs(7.0))
+    call(*inputs(8.0))
+    assert events == ["capture", "replay", "replay"]
+
+
+def test_replays_see_new_inputs_and_leave_earlier_results_alone(captured: tuple[CapturedCall, list[str]]) -> None:
+    call, _ = captured
+    results = [call(*inputs(number)) for number in range(6)]
+    for number, result in enumerate(results):
+        assert isinstance(result, Result)
+        assert float(result.total) == 3 * number + 3 and torch.equal(result.doubled, torch.full((3,), 2.0 * number))
+
+
+def test_off_cuda_it_only_calls() -> None:
+    call = CapturedCall(work, enabled=False)
+    for number in range(5):
+        assert float(call(*inputs(number)).total) == 3 * number + 3
+
+
+@pytest.mark.gpu
+def test_a_real_graph_computes_what_the_function_does() -> None:
+    call = CapturedCall(work, enabled=True)
+    for number in range(6):
+        given = tuple(value.cuda() for value in inputs(number))
+        assert float(call(*given).total) == 3 * number + 3
