@@ -99,6 +99,7 @@ def rollout(
     *,
     device: torch.device,
     max_steps: int | None = None,
+    on_act: Callable[[int], None] | None = None,
     on_step: Callable[[Transition], None] | None = None,
     on_episode: Callable[[EpisodeStats], None] | None = None,
     on_latency: Callable[[float], None] | None = None,
@@ -109,6 +110,8 @@ def rollout(
 
     Args:
         max_steps: cuts every episode short (latency passes).
+        on_act: told how many rows act, once their actions are known and before the environments step: what it launches on an
+            accelerator runs beside the simulators.
         on_step: sees each row's step; on_episode: sees each finished episode.
         on_latency: milliseconds of each `act` call, device synchronised: observation in, action out.
 
@@ -125,8 +128,10 @@ def rollout(
             on_latency(clock.stop_ms())
         if not np.isfinite(actions).all():
             raise ActionNotFinite(f"{envs.spec.task}: an action is not finite; the model's weights are damaged or its training diverged")
-        step = envs.step([row.env for row in batch.running], actions)
         log = log.cpu()
+        if on_act is not None:
+            on_act(len(actions))
+        step = envs.step([row.env for row in batch.running], actions)
         ended = []
         for i, row in enumerate(batch.running):
             row_log = log.take(torch.tensor(i))

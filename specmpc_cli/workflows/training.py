@@ -154,7 +154,7 @@ class Trainer:
 
     def _round(self, envs: VectorEnv) -> None:
         """Plays one episode in each environment, learning after each decision; then makes the burst if the seed phase ended."""
-        recorder = _Recorder(self)
+        recorder = _Recorder()
         seeding = self.counters.seed_decisions is None
         first, count = self.counters.episodes, self.facts.num_envs
         if seeding:  # no more at random than the seed phase needs, however many environments there are
@@ -165,6 +165,7 @@ class Trainer:
             envs,
             [Episode(Purpose.TRAIN, self.facts.seed, first + number) for number in range(count)],
             device=self.runtime.device,
+            on_act=self._decided,
             on_step=recorder.step,
         )
         self.counters = replace(self.counters, episodes=first + count, seconds=time.monotonic() - self._began)
@@ -188,9 +189,9 @@ class Trainer:
             return RandomActor(self.spec.action_dim, self.runtime.device)
         return SpeculativeRunner(self.model, self._acting, GateRule(self.config.train.acting.horizon, accept_below=math.inf))
 
-    def count_decision(self) -> None:
-        """A decision was made: learns what is due."""
-        self.counters = replace(self.counters, decisions=self.counters.decisions + 1)
+    def _decided(self, count: int) -> None:
+        """So many decisions were made: learns what is due. Their own episodes can be learnt from only when they have ended."""
+        self.counters = replace(self.counters, decisions=self.counters.decisions + count)
         if self.counters.seed_decisions is not None:
             self.learn()
         self._show()
@@ -306,15 +307,13 @@ class Trainer:
 
 
 class _Recorder:
-    """Keeps the transitions of a round, and tells the trainer of each decision."""
+    """Keeps the transitions of a round."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+    def __init__(self) -> None:
         self._transitions: dict[int, list[Transition]] = {}
 
     def step(self, transition: Transition) -> None:
         self._transitions.setdefault(transition.episode.index, []).append(transition)
-        self._trainer.count_decision()
 
     def episode(self, number: int) -> ReplayEpisode:
         """A finished episode as the replay takes it."""

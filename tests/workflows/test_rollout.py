@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,3 +99,18 @@ def test_actions_that_are_not_finite_never_reach_the_simulator() -> None:
 
     with pytest.raises(ActionNotFinite, match="an action is not finite"):
         rollout(Broken(CPU), counting_envs(1), episodes(5), device=CPU)
+
+
+def test_it_says_that_rows_act_before_the_environments_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is launched then runs beside the simulators, so nothing may wait for the device in between."""
+    events: list[str] = []
+    envs = counting_envs(2)
+    step = envs.step
+
+    def stepping(rows: list[int], actions: np.ndarray) -> object:
+        events.append(f"step {len(rows)}")
+        return step(rows, actions)
+
+    monkeypatch.setattr(envs, "step", stepping)
+    rollout(runner(), envs, episodes(3, 1), device=CPU, on_act=lambda count: events.append(f"act {count}"))
+    assert events == ["act 2", "step 2", "act 1", "step 1", "act 1", "step 1"]

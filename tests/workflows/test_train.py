@@ -52,7 +52,7 @@ def kill_at(decision: int) -> Callable[[Progress], None]:
     """A watcher's callback that ends the training there."""
 
     def kill(progress: Progress) -> None:
-        if progress.decisions == decision:
+        if progress.decisions >= decision:
             raise Killed
 
     return kill
