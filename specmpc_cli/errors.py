@@ -33,6 +33,10 @@ class TrainingDiverged(SpecMPCError):
     """Losses, gradients or actions of a training that are not finite."""
 
 
+class CannotRender(SpecMPCError):
+    """A task that this machine cannot draw."""
+
+
 class StoreError(SpecMPCError):
     """The store cannot be read or written."""
 

@@ -14,16 +14,19 @@ from specmpc_cli.cli.options import (
     RequireOption,
     SetOption,
     TaskOption,
+    VideoOption,
     common_options,
 )
 from specmpc_cli.cli.session import (
     describe,
     envs_for,
+    film_ways,
     matching_correctors,
     open_store,
     output_for,
     parse_horizons,
     prepare_acting,
+    prepare_filming,
     runtime_for,
 )
 from specmpc_cli.errors import GateFailed
@@ -39,6 +42,7 @@ def eval_(
     episodes: EpisodesOption = 10,
     accept_below: AcceptBelowOption = None,
     replan_above: ReplanAboveOption = None,
+    video: VideoOption = None,
     preset: PresetOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -51,6 +55,7 @@ def eval_(
     out = output_for(common)
     options = {"horizon": horizon, "arch": arch, "accept_below": accept_below, "replan_above": replan_above}
     check_way(mode, **options)
+    prepare_filming(out, video)
     store, bench = open_store(common, out, task, preset, set_)
     way = choose_way(store, bench, mode, **options)
     if way.corrector is not None:
@@ -64,6 +69,8 @@ def eval_(
         )
     out.table(comparison_table(report, row_label))
     out.document(report)
+    if video:
+        film_ways(out, bench, [way], common.seed, video)
 
 
 @common_options
@@ -75,6 +82,7 @@ def compare(
     episodes: EpisodesOption = 10,
     detail: Annotated[bool, typer.Option("--detail", help="Also a table by age of the plan.")] = False,
     require: RequireOption = None,
+    video: VideoOption = None,
     preset: PresetOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -84,11 +92,13 @@ def compare(
     from specmpc_cli.workflows.compare import compare as run
     from specmpc_cli.workflows.compare import keep_results, parse_requirements, rows_meeting, ways_of
     from specmpc_cli.workflows.plots import row_label
+    from specmpc_cli.workflows.video import most_saving
 
     out = output_for(common)
     requirements = parse_requirements(require) if require else []
     steps = parse_horizons(horizons)
     archs = check_archs(arch) if arch else None
+    prepare_filming(out, video)
     store, bench = open_store(common, out, task, preset, set_)
     ways = ways_of(bench, steps, matching_correctors(out, store, bench, archs))
     prepare_acting(out, bench, ways)
@@ -119,6 +129,8 @@ def compare(
     as_json, as_png = keep_results(store, report)
     out.say(f"results: {as_json}")
     out.say(f"plot:    {as_png}")
+    if video:
+        film_ways(out, bench, [ways[0], most_saving(ways, report)], common.seed, video)
     if requirements:
         meeting = rows_meeting(report, requirements)
         if not meeting:

@@ -63,4 +63,5 @@ RequireOption = Annotated[
     str | None,
     typer.Option("--require", help='Such as "calls_saved>=0.5,return_vs_baseline>=0.95"; exit 3 if no row meets all.'),
 ]
+VideoOption = Annotated[Path | None, typer.Option("--video", help="Also film one episode: a .mp4 or .gif file.")]
 ReplanAboveOption = Annotated[float | None, typer.Option(help="Plan again above this mismatch.")]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specmpc_cli.cli.console import Output
@@ -107,3 +108,27 @@ def _prepare(out: Output, what: str, duration: str, prepare: Callable[[], str | 
     if problem:
         out.note(f"note: {problem}")
     out.note(f"{what} ready after {time.perf_counter() - started:.0f} s")
+
+
+def prepare_filming(out: Output, video: Path | None) -> None:
+    """Checks where a video is to go and settles how it is drawn, before any simulator is imported."""
+    if video is None:
+        return
+    from specmpc_cli.envs.rendering import choose_backend
+    from specmpc_cli.workflows.video import check_video
+
+    check_video(video)
+    out.note(f"video: drawn with {choose_backend()} (MUJOCO_GL chooses another: egl, osmesa or glfw)")
+
+
+def film_ways(out: Output, bench: "Workbench", ways: "list[Way]", seed: int, video: Path) -> None:
+    """Films the first `compare` episode in these ways, side by side."""
+    from specmpc_cli.runtime import Purpose
+    from specmpc_cli.workflows.rollout import Episode
+    from specmpc_cli.workflows.video import film
+
+    names = " and ".join(way.label for way in ways)
+    with out.progress() as progress:
+        bar = progress.add_task(f"filming {names}", total=len(ways) * bench.spec.decisions, state="env steps")
+        film(bench, ways, Episode(Purpose.COMPARE, seed, 0), video, on_step=lambda _: progress.advance(bar))
+    out.say(f"video:   {video} ({names}, episode 0)")

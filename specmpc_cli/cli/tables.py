@@ -119,7 +119,7 @@ def tasks_table(tasks: Sequence[Row], checked: bool) -> Table:
             known,
             state,
         ]
-        table.add_row(*cells, *([_number(task["steps_per_s"])] if checked else []))
+        table.add_row(*cells, *([_speed(task["steps_per_s"])] if checked else []))
     return table
 
 
@@ -135,6 +135,10 @@ def sparkline(values: Sequence[float], width: int = 30) -> str:
 def percent(value: float | None, digits: int = 0) -> str:
     """A share, or a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}%}"
+
+
+def _speed(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
 
 
 def _number(value: float | None) -> str:

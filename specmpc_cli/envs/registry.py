@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.util
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 
 from specmpc_cli.envs.adapter import TaskEnv
 from specmpc_cli.errors import SuiteNotInstalled, UnknownTask
@@ -20,43 +21,38 @@ class Suite:
     module: str
     requires: str | None  # the import that tells whether it is installed
     install: str
-    decisions: int
-    action_repeat: int
-    has_success: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class TaskEntry:
-    """A registered task."""
+    """A task: its suite, and the facts of its environment, known without building one."""
 
-    task: str
     suite: Suite
-    obs_dim: int
-    action_dim: int
+    spec: EnvSpec
 
     @property
     def installed(self) -> bool:
         return self.suite.requires is None or importlib.util.find_spec(self.suite.requires) is not None
 
-    @property
-    def spec(self) -> EnvSpec:
-        """The facts of its environment, without building one."""
-        suite = self.suite
-        return EnvSpec(
-            task=self.task,
-            suite=suite.name,
-            obs_dim=self.obs_dim,
-            action_dim=self.action_dim,
-            decisions=suite.decisions,
-            action_repeat=suite.action_repeat,
-            has_success=suite.has_success,
-        )
+
+def _extra(name: str) -> str:
+    return f"pip install 'specmpc[{name}]'"
 
 
 _CORE = "pip install specmpc"
-DMCONTROL = Suite("dmcontrol", "specmpc_cli.envs.dmcontrol", "dm_control", _CORE, decisions=500, action_repeat=2)
-METAWORLD = Suite("metaworld", "specmpc_cli.envs.metaworld", "metaworld", _CORE, decisions=100, action_repeat=2, has_success=True)
-POINTMASS = Suite("pointmass", "specmpc_cli.envs.pointmass", None, _CORE, decisions=40, action_repeat=1)
+DMCONTROL = Suite("dmcontrol", "specmpc_cli.envs.dmcontrol", "dm_control", _CORE)
+METAWORLD = Suite("metaworld", "specmpc_cli.envs.metaworld", "metaworld", _CORE)
+MYOSUITE = Suite("myosuite", "specmpc_cli.envs.myosuite", "myosuite", _extra("myosuite"))
+GYMNASIUM = Suite("gymnasium", "specmpc_cli.envs.gymnasium_tasks", "gymnasium", _CORE)
+BOX2D = Suite("gymnasium", "specmpc_cli.envs.gymnasium_tasks", "Box2D", _extra("box2d"))
+POINTMASS = Suite("pointmass", "specmpc_cli.envs.pointmass", None, _CORE)
+CUSTOM = Suite("custom", "specmpc_cli.envs.custom", None, _CORE)
+CUSTOM_GROUP = "specmpc.tasks"  # of entry points
+
+
+def _entry(suite: Suite, task: str, obs_dim: int, action_dim: int, decisions: int, action_repeat: int, **facts: bool) -> TaskEntry:
+    return TaskEntry(suite, EnvSpec(task, suite.name, obs_dim, action_dim, decisions, action_repeat, **facts))
+
 
 # task: observation and action dimensions
 _DMCONTROL_TASKS = {
@@ -78,11 +74,24 @@ peg-unplug-side pick-out-of-hole pick-place pick-place-wall plate-slide plate-sl
 push push-back push-wall reach reach-wall shelf-place soccer stick-pull stick-push sweep sweep-into window-close window-open
 """
 
-TASKS: dict[str, TaskEntry] = {
-    **{name: TaskEntry(name, DMCONTROL, *dims) for name, dims in _DMCONTROL_TASKS.items()},
-    **{f"mw-{name}": TaskEntry(f"mw-{name}", METAWORLD, 39, 4) for name in _METAWORLD_TASKS.split()},
-}
-_BUILT_IN = {"pointmass": TaskEntry("pointmass", POINTMASS, 4, 2)}
+# The goal of the plain ones is fixed, that of the hard ones random.
+_MYOSUITE_TASKS = {"reach": 115, "pose": 108, "obj-hold": 91, "key-turn": 93, "pen-twirl": 83}  # observation dimensions
+
+_ENTRIES = [
+    *(_entry(DMCONTROL, name, *dims, decisions=500, action_repeat=2) for name, dims in _DMCONTROL_TASKS.items()),
+    *(_entry(METAWORLD, f"mw-{name}", 39, 4, 100, 2, has_success=True) for name in _METAWORLD_TASKS.split()),
+    *(
+        _entry(MYOSUITE, f"myo-{name}{level}", obs_dim, 39, 100, 1, has_success=True)
+        for name, obs_dim in _MYOSUITE_TASKS.items()
+        for level in ("", "-hard")
+    ),
+    _entry(GYMNASIUM, "mujoco-walker", 17, 6, 1000, 1, episodic=True),
+    _entry(GYMNASIUM, "mujoco-halfcheetah", 17, 6, 1000, 1, episodic=True),
+    _entry(BOX2D, "bipedal-walker", 24, 4, 1600, 1, episodic=True),
+    _entry(BOX2D, "lunarlander-continuous", 8, 2, 500, 1, episodic=True, has_success=True),
+]
+TASKS: dict[str, TaskEntry] = {entry.spec.task: entry for entry in _ENTRIES}
+_BUILT_IN = {"pointmass": _entry(POINTMASS, "pointmass", 4, 2, 40, 1)}
 
 # The index of a task in its set picks its embedding in official multi-task checkpoints, so the order is part of the format.
 _MT30 = """
@@ -106,25 +115,48 @@ TASK_SETS: dict[str, tuple[str, ...]] = {
 
 def is_task(name: str) -> bool:
     """Whether a task has this name."""
-    return name in TASKS or name in _BUILT_IN
+    return name in TASKS or name in _BUILT_IN or _is_custom(name)
 
 
 def lookup(task: str) -> TaskEntry:
-    """The entry of a task name. Raises UnknownTask, with the nearest names."""
+    """The entry of a task's name. Raises UnknownTask, with the nearest names, or with what is wrong with a task of the user's own."""
     entry = TASKS.get(task) or _BUILT_IN.get(task)
-    if entry is None:
-        close = difflib.get_close_matches(task, TASKS, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "'specmpc tasks' lists all"
-        raise UnknownTask(f"unknown task {task!r}; {hint}")
-    return entry
+    if entry is not None:
+        return entry
+    if _is_custom(task):
+        from specmpc_cli.envs.custom import custom_spec  # it builds the environment, to learn about it
+
+        return TaskEntry(CUSTOM, custom_spec(task))
+    close = difflib.get_close_matches(task, TASKS, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else "'specmpc tasks' lists all"
+    raise UnknownTask(f"unknown task {task!r}; {hint}")
+
+
+def custom_tasks() -> list[str]:
+    """Names of the tasks that installed packages bring as entry points."""
+    return sorted(entry.name for entry in entry_points(group=CUSTOM_GROUP))
+
+
+def _is_custom(name: str) -> bool:
+    return ":" in name or name in custom_tasks()
 
 
 def make_env(task: str) -> TaskEnv:
-    """A new environment. Raises UnknownTask or SuiteNotInstalled."""
+    """A new environment.
+
+    Raises:
+        UnknownTask: see `lookup`.
+        SuiteNotInstalled: what the task needs is missing, or fails to import.
+    """
     entry = lookup(task)
     suite = entry.suite
     if not entry.installed:
         raise SuiteNotInstalled(f"{task} needs {suite.requires}, which is not installed; run: {suite.install}")
-    simulator = importlib.import_module(suite.module).make_simulator(task)
-    assert (simulator.obs_dim, len(simulator.action_low)) == (entry.obs_dim, entry.action_dim), task
+    try:
+        module = importlib.import_module(suite.module)
+    except Exception as error:  # noqa: BLE001 (a suite may break in any way; the reason is what the user needs)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise SuiteNotInstalled(f"{task} needs {suite.requires}, which is installed but fails to import: {reason}") from None
+    simulator = module.make_simulator(task)
+    assert (simulator.obs_dim, len(simulator.action_low)) == (entry.spec.obs_dim, entry.spec.action_dim), task
     return TaskEnv(entry.spec, simulator)

@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 
 from specmpc_cli.config.presets import zoo_root
-from specmpc_cli.envs.registry import TASKS, TaskEntry, make_env
+from specmpc_cli.envs.registry import CUSTOM, TASKS, TaskEntry, custom_tasks, lookup, make_env
 from specmpc_cli.errors import ConfigError
 
 CHECK_STEPS = 20
@@ -19,33 +19,37 @@ def list_tasks(suite: str | None, *, check: bool, on_task: Any = None) -> dict[s
     """The document of `tasks --json` (docs/json.md).
 
     Args:
+        suite: only this one; `custom` lists the tasks that installed packages bring as entry points, which are not listed otherwise.
         check: builds and resets every installed task and takes 20 random steps.
         on_task: called with each task's name before it is looked at.
 
     Raises:
         ConfigError: an unknown suite.
     """
-    suites = sorted({entry.suite.name for entry in TASKS.values()})
+    suites = [*dict.fromkeys(entry.suite.name for entry in TASKS.values()), CUSTOM.name]
     if suite is not None and suite not in suites:
         raise ConfigError(f"--suite must be one of {', '.join(suites)}, got {suite!r}")
-    entries = [entry for entry in TASKS.values() if suite in (None, entry.suite.name)]
+    if suite == CUSTOM.name:
+        entries = [lookup(task) for task in custom_tasks()]
+    else:
+        entries = [entry for entry in TASKS.values() if suite in (None, entry.suite.name)]
     tasks = []
     for entry in entries:
         if on_task is not None:
-            on_task(entry.task)
+            on_task(entry.spec.task)
         tasks.append(_describe(entry) | (_check(entry) if check else {}))
     return {"schema": 1, "tasks": tasks}
 
 
 def _describe(entry: TaskEntry) -> dict[str, Any]:
     return {
-        "task": entry.task,
+        "task": entry.spec.task,
         "suite": entry.suite.name,
         "installed": entry.installed,
-        "obs_dim": entry.obs_dim,
-        "action_dim": entry.action_dim,
-        "decisions": entry.suite.decisions,
-        "teacher": embedded_teacher(entry.task),
+        "obs_dim": entry.spec.obs_dim,
+        "action_dim": entry.spec.action_dim,
+        "decisions": entry.spec.decisions,
+        "teacher": embedded_teacher(entry.spec.task),
         "ok": None,
         "error": None,
         "steps_per_s": None,
@@ -72,7 +76,7 @@ def _check(entry: TaskEntry) -> dict[str, Any]:
 
 
 def _run_steps(entry: TaskEntry) -> dict[str, Any]:
-    env = make_env(entry.task)
+    env = make_env(entry.spec.task)
     try:
         env.reset(seed=0)
         actions = np.random.default_rng(0).uniform(-1, 1, (CHECK_STEPS, env.task_spec.action_dim))

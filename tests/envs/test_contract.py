@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,10 +14,15 @@ from specmpc_cli.errors import SpecMPCError, SuiteNotInstalled, UnknownTask
 from tests.fakes import CountingSimulator, counting_envs
 
 STEPS = 40
+# MyoSuite's fixed goals come with a fixed start: all episodes are one.
+ONE_START = {"myo-reach", "myo-pose", "myo-obj-hold", "myo-key-turn", "myo-pen-twirl"}
 
 
 @pytest.fixture(scope="module", params=[*TASKS, "pointmass"])
 def env(request: pytest.FixtureRequest) -> Iterator[TaskEnv]:
+    entry = lookup(request.param)
+    if not entry.installed:
+        pytest.skip(f"needs {entry.suite.requires}: {entry.suite.install}")
     made = make_env(request.param)
     yield made
     made.close()
@@ -35,7 +41,7 @@ def play(env: TaskEnv, seed: int, steps: int = STEPS) -> np.ndarray:
 
 def test_spaces_dtypes_and_dimensions(env: TaskEnv) -> None:
     spec, entry = env.task_spec, lookup(env.task_spec.task)
-    assert (spec.obs_dim, spec.action_dim) == (entry.obs_dim, entry.action_dim)
+    assert spec == entry.spec
     obs, _ = env.reset(seed=0)
     assert env.observation_space.shape == (spec.obs_dim,) and obs in env.observation_space
     assert env.action_space.dtype == np.float32
@@ -48,7 +54,8 @@ def test_spaces_dtypes_and_dimensions(env: TaskEnv) -> None:
 def test_a_seed_reproduces_an_episode_exactly_and_another_seed_does_not(env: TaskEnv) -> None:
     first, other, again = play(env, 3), play(env, 4), play(env, 3)
     assert np.array_equal(first, again)
-    assert not np.array_equal(first, other)
+    if env.task_spec.task not in ONE_START:
+        assert not np.array_equal(first, other)
 
 
 def test_a_second_environment_plays_the_same_episode(env: TaskEnv) -> None:
@@ -58,6 +65,8 @@ def test_a_second_environment_plays_the_same_episode(env: TaskEnv) -> None:
 
 
 def test_truncates_at_its_number_of_decisions_and_never_before(env: TaskEnv) -> None:
+    if env.task_spec.episodic:
+        pytest.skip("may terminate before")
     env.reset(seed=1)
     action = np.zeros(env.task_spec.action_dim, np.float32)
     for step in range(1, env.task_spec.decisions + 1):
@@ -66,10 +75,39 @@ def test_truncates_at_its_number_of_decisions_and_never_before(env: TaskEnv) -> 
         assert truncated == (step == env.task_spec.decisions), step
 
 
-def test_the_table_has_the_39_dmcontrol_and_50_metaworld_tasks() -> None:
-    suites = [entry.suite.name for entry in TASKS.values()]
-    assert suites.count("dmcontrol") == 39 and suites.count("metaworld") == 50
-    assert {suite: lookup(task).suite.decisions for task, suite in (("dog-run", "dm"), ("mw-push", "mw"))} == {"dm": 500, "mw": 100}
+def test_the_table_has_the_tasks_of_every_suite() -> None:
+    suites = Counter(entry.suite.name for entry in TASKS.values())
+    assert suites == {"dmcontrol": 39, "metaworld": 50, "myosuite": 10, "gymnasium": 4}
+    decisions = {task: lookup(task).spec.decisions for task in ("dog-run", "mw-push", "myo-pose", "bipedal-walker")}
+    assert decisions == {"dog-run": 500, "mw-push": 100, "myo-pose": 100, "bipedal-walker": 1600}
+
+
+def test_only_gymnasium_tasks_may_terminate_and_their_discount_is_bounded() -> None:
+    assert {entry.suite.name for entry in TASKS.values() if entry.spec.episodic} == {"gymnasium"}
+    assert max(entry.spec.discount for entry in TASKS.values() if entry.spec.episodic) == 0.99
+
+
+def test_falling_ends_a_gymnasium_episode() -> None:
+    env = make_env("mujoco-walker")
+    env.reset(seed=0)
+    for _ in range(300):
+        _, _, terminated, truncated, _ = env.step(np.ones(6, np.float32))
+        if terminated:
+            break
+    assert terminated and not truncated
+    env.close()
+
+
+def test_landing_is_a_success_once_the_return_exceeds_200() -> None:
+    pytest.importorskip("Box2D", reason="needs Box2D: pip install 'specmpc[box2d]'")
+    env = make_env("lunarlander-continuous")
+    env.reset(seed=0)
+    step = env.simulator._env.step  # type: ignore[attr-defined]
+    env.simulator._env.step = lambda action: (*step(action)[:1], 150.0, False, False, {})  # type: ignore[attr-defined]
+    assert [env.step(np.zeros(2, np.float32))[4]["success"] for _ in range(2)] == [False, True]
+    env.reset(seed=0)
+    assert not env.step(np.zeros(2, np.float32))[4]["success"]  # the return begins anew
+    env.close()
 
 
 def test_task_sets_are_complete_and_known() -> None:
@@ -143,6 +181,15 @@ def test_unknown_tasks_are_answered_with_the_nearest_names() -> None:
 def test_a_suite_that_is_not_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SuiteNotInstalled, match="run: pip install"):
+        make_env("mw-assembly")
+
+
+def test_a_suite_that_breaks_when_imported_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise AttributeError("module 'mujoco' has no\nattribute 'flex'")
+
+    monkeypatch.setattr("importlib.import_module", broken)
+    with pytest.raises(SuiteNotInstalled, match=r"fails to import: AttributeError: module 'mujoco' has no attribute 'flex'$"):
         make_env("mw-assembly")
 
 

@@ -1,0 +1,145 @@
+"""Videos of episodes: each frame is marked with the decision, the running return and the planner calls saved."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from specmpc_cli.envs.adapter import TaskEnv
+from specmpc_cli.envs.rendering import INSTALL
+from specmpc_cli.envs.vector import VectorEnv
+from specmpc_cli.errors import CannotRender, ConfigError
+from specmpc_cli.files import replacing
+from specmpc_cli.types import Decision
+from specmpc_cli.workflows.acting import Mode, Way, Workbench
+from specmpc_cli.workflows.evaluate import Report
+from specmpc_cli.workflows.rollout import Episode, Transition, rollout
+
+FORMATS = (".mp4", ".gif")
+SIZE = 384  # pixels of a frame's side
+_CAPTION = 52  # pixels below it
+_FPS = 25
+# A GIF holds every other frame, at half the size.
+_GIF_EVERY, _GIF_SCALE = 2, 2
+# Colour-blind safe (Okabe and Ito): green, orange, vermilion; grey for actors without a gate.
+_COLOURS = {Decision.ACCEPT: (0, 158, 115), Decision.CORRECT: (230, 159, 0), Decision.REPLAN: (213, 94, 0)}
+_NO_GATE = (120, 120, 120)
+
+
+def check_video(path: Path) -> Path:
+    """The path. Raises ConfigError for an unknown format or a place that cannot be written, before anything runs."""
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(f"--video writes {' or '.join(FORMATS)}, got {path.name!r}")
+    if path.suffix.lower() == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
+        raise ConfigError("an mp4 needs imageio-ffmpeg; run: pip install 'specmpc[video]', or name a .gif, which needs nothing")
+    if path.is_dir():
+        raise ConfigError(f"--video must be a file, and {path} is a folder")
+    if not path.parent.is_dir():
+        raise ConfigError(f"cannot write {path}: there is no folder {path.parent}; create it, or choose another --video")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"no permission to write to {path.parent}; choose another --video")
+    return path
+
+
+def film(bench: Workbench, ways: Sequence[Way], episode: Episode, path: Path, on_step: Callable[[Transition], None] | None = None) -> None:
+    """Plays one episode in each way and writes them side by side; one that ends before the others stands still.
+
+    Raises:
+        CannotRender: this machine cannot draw the task.
+        StoreError: the file cannot be written; none is left behind.
+    """
+    films = []
+    for way in ways:
+        recorder = _Recorder(VectorEnv.make(bench.spec.task, 1), way.label, on_step)
+        try:
+            rollout(bench.actor(way), recorder.envs, [episode], device=bench.runtime.device, on_step=recorder.step)
+        finally:
+            recorder.envs.close()
+        films.append(recorder.frames)
+    with replacing(path) as beside:
+        write = _write_gif if path.suffix.lower() == ".gif" else _write_mp4
+        write(beside, list(_side_by_side(films)))
+
+
+def most_saving(ways: Sequence[Way], report: Report) -> Way:
+    """The way that `compare` films beside the baseline: of those that plan at times, the one that saves most, then returns most."""
+    rows = [(row["calls_saved"], row["return_mean"], way) for row, way in zip(report["rows"], ways, strict=True)]
+    candidates = [row for row in rows if row[2].mode not in (Mode.BASELINE, Mode.POLICY)]
+    if not candidates:
+        raise ConfigError("--video films a speculative way beside the baseline, and there is none; name --horizons above 1")
+    return max(candidates, key=lambda row: row[:2])[2]
+
+
+@dataclass
+class _Recorder:
+    """Draws each step of one environment."""
+
+    envs: VectorEnv
+    label: str
+    on_step: Callable[[Transition], None] | None = None
+    frames: list[np.ndarray] = field(default_factory=list)
+    episode_return: float = 0.0
+    calls: int = 0
+
+    def step(self, transition: Transition) -> None:
+        decision = int(transition.log.decision)
+        self.episode_return += transition.reward
+        self.calls += decision == Decision.REPLAN
+        saved = 1 - self.calls / (transition.step + 1)
+        name = Decision(decision).name.lower() if decision >= 0 else "no gate"
+        lines = (f"{self.label}  ·  {name}", f"return {self.episode_return:.1f}  ·  {saved:.0%} of the calls saved")
+        self.frames.append(_captioned(_drawn(self.envs.envs[0]), lines, _COLOURS.get(Decision(decision)) if decision >= 0 else None))
+        if self.on_step is not None:
+            self.on_step(transition)
+
+
+def _drawn(env: TaskEnv) -> np.ndarray:
+    # Drivers and simulators fail to draw in many ways; all of them mean the same to the user.
+    try:
+        return env.render(SIZE, SIZE)
+    except Exception as error:  # noqa: BLE001
+        reason = " ".join(str(error).split()) or type(error).__name__
+        task = env.task_spec.task
+        raise CannotRender(f"this machine cannot draw {task} ({reason}); without a screen MuJoCo needs EGL or OSMesa, {INSTALL}") from None
+
+
+def _captioned(frame: np.ndarray, lines: tuple[str, str], colour: tuple[int, int, int] | None) -> np.ndarray:
+    """The frame with two lines of text below it, on a strip whose edge has the decision's colour."""
+    image = Image.new("RGB", (SIZE, SIZE + _CAPTION), (24, 24, 24))
+    image.paste(Image.fromarray(frame), (0, 0))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, SIZE, SIZE, SIZE + 5), fill=colour or _NO_GATE)
+    for number, line in enumerate(lines):
+        draw.text((8, SIZE + 9 + 20 * number), line, font=ImageFont.load_default(15), fill=(240, 240, 240))
+    return np.asarray(image)
+
+
+def _side_by_side(films: Sequence[Sequence[np.ndarray]]) -> Iterator[np.ndarray]:
+    shown = [film[0] for film in films]
+    for frames in zip_longest(*films):
+        shown = [last if frame is None else frame for frame, last in zip(frames, shown, strict=True)]
+        yield np.concatenate(shown, axis=1)
+
+
+def _write_mp4(path: Path, frames: list[np.ndarray]) -> None:
+    import imageio_ffmpeg
+
+    height, width = frames[0].shape[:2]
+    writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=_FPS, macro_block_size=2, output_params=["-f", "mp4"])
+    writer.send(None)
+    for frame in frames:
+        writer.send(np.ascontiguousarray(frame))
+    writer.close()
+
+
+def _write_gif(path: Path, frames: list[np.ndarray]) -> None:
+    images = [Image.fromarray(frame).reduce(_GIF_SCALE) for frame in frames[::_GIF_EVERY]]
+    first, *rest = [image.quantize(64, dither=Image.Dither.NONE) for image in images]
+    first.save(path, format="GIF", save_all=True, append_images=rest, duration=1000 * _GIF_EVERY // _FPS, loop=0, optimize=True)
