@@ -17,6 +17,10 @@ class SuiteNotInstalled(SpecMPCError):
     """A task whose suite, or its assets, is not on this machine."""
 
 
+class AssetsMissing(SuiteNotInstalled):
+    """A task whose suite is installed and whose assets have not been downloaded."""
+
+
 class CheckpointError(SpecMPCError):
     """A teacher or corrector file that is missing, foreign, damaged or does not fit."""
 

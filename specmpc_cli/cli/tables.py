@@ -101,15 +101,16 @@ def tasks_table(tasks: Sequence[Row], checked: bool) -> Table:
     for name in ("obs", "action", "decisions"):
         table.add_column(name, justify="right")
     table.add_column("teacher", no_wrap=True)
-    table.add_column("state", no_wrap=True)
+    table.add_column("state", overflow="fold")
     if checked:
         table.add_column("steps/s", justify="right")
     for task in tasks:
         teacher = task["teacher"]
         known = "–" if teacher is None else f"{teacher['size'] or '?'}M, {_number(teacher['return'])}"
-        state = (
-            "failed: " + task["error"] if task["ok"] is False else "ok" if task["ok"] else "ready" if task["installed"] else "not installed"
-        )
+        if task["error"]:
+            state = f"{'failed' if task['ok'] is False else 'not ready'}: {task['error']}"
+        else:
+            state = "ok" if task["ok"] else "ready" if task["installed"] else "not installed"
         cells = [
             task["task"],
             task["suite"],

@@ -1,5 +1,8 @@
 """MyoSuite's ten hand tasks as TD-MPC2 ran them: 39 muscles, 100 steps whatever the environment says, success where it is `solved`."""
 
+# An extra, which may not be installed where types are checked.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from typing import Any

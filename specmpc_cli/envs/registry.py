@@ -43,6 +43,7 @@ _CORE = "pip install specmpc"
 DMCONTROL = Suite("dmcontrol", "specmpc_cli.envs.dmcontrol", "dm_control", _CORE)
 METAWORLD = Suite("metaworld", "specmpc_cli.envs.metaworld", "metaworld", _CORE)
 MYOSUITE = Suite("myosuite", "specmpc_cli.envs.myosuite", "myosuite", _extra("myosuite"))
+MANISKILL = Suite("maniskill", "specmpc_cli.envs.maniskill", "mani_skill", _extra("maniskill"))
 GYMNASIUM = Suite("gymnasium", "specmpc_cli.envs.gymnasium_tasks", "gymnasium", _CORE)
 BOX2D = Suite("gymnasium", "specmpc_cli.envs.gymnasium_tasks", "Box2D", _extra("box2d"))
 POINTMASS = Suite("pointmass", "specmpc_cli.envs.pointmass", None, _CORE)
@@ -77,9 +78,12 @@ push push-back push-wall reach reach-wall shelf-place soccer stick-pull stick-pu
 # The goal of the plain ones is fixed, that of the hard ones random.
 _MYOSUITE_TASKS = {"reach": 115, "pose": 108, "obj-hold": 91, "key-turn": 93, "pen-twirl": 83}  # observation dimensions
 
+_MANISKILL_TASKS = {"lift-cube": (35, 4), "pick-cube": (42, 4), "stack-cube": (48, 4), "pick-ycb": (45, 7), "turn-faucet": (33, 7)}
+
 _ENTRIES = [
     *(_entry(DMCONTROL, name, *dims, decisions=500, action_repeat=2) for name, dims in _DMCONTROL_TASKS.items()),
     *(_entry(METAWORLD, f"mw-{name}", 39, 4, 100, 2, has_success=True) for name in _METAWORLD_TASKS.split()),
+    *(_entry(MANISKILL, name, *dims, decisions=100, action_repeat=2, has_success=True) for name, dims in _MANISKILL_TASKS.items()),
     *(
         _entry(MYOSUITE, f"myo-{name}{level}", obs_dim, 39, 100, 1, has_success=True)
         for name, obs_dim in _MYOSUITE_TASKS.items()
@@ -146,7 +150,7 @@ def make_env(task: str) -> TaskEnv:
 
     Raises:
         UnknownTask: see `lookup`.
-        SuiteNotInstalled: what the task needs is missing, or fails to import.
+        SuiteNotInstalled: what the task needs is missing, or fails to import; AssetsMissing: or has not been downloaded.
     """
     entry = lookup(task)
     suite = entry.suite

@@ -10,7 +10,7 @@ import yaml
 
 from specmpc_cli.config.presets import zoo_root
 from specmpc_cli.envs.registry import CUSTOM, TASKS, TaskEntry, custom_tasks, lookup, make_env
-from specmpc_cli.errors import ConfigError
+from specmpc_cli.errors import AssetsMissing, ConfigError
 
 CHECK_STEPS = 20
 
@@ -68,9 +68,11 @@ def embedded_teacher(task: str) -> dict[str, Any] | None:
 def _check(entry: TaskEntry) -> dict[str, Any]:
     if not entry.installed:
         return {}
-    # Whatever a suite raises is what this check is there to report, beside the other tasks.
     try:
         return _run_steps(entry)
+    except AssetsMissing as error:
+        return {"error": str(error)}
+    # Whatever a suite raises is what this check is there to report, beside the other tasks.
     except Exception as error:  # noqa: BLE001
         return {"ok": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
 

@@ -1,5 +1,8 @@
 """Videos of episodes: each frame is marked with the decision, the running return and the planner calls saved."""
 
+# An extra, which may not be installed where types are checked.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import importlib.util

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from specmpc_cli.envs.adapter import TaskEnv
 from specmpc_cli.envs.registry import TASK_SETS, TASKS, lookup, make_env
-from specmpc_cli.errors import SpecMPCError, SuiteNotInstalled, UnknownTask
+from specmpc_cli.errors import AssetsMissing, SpecMPCError, SuiteNotInstalled, UnknownTask
+from specmpc_cli.workflows.list_tasks import list_tasks
 from tests.fakes import CountingSimulator, counting_envs
 
 STEPS = 40
@@ -23,7 +25,10 @@ def env(request: pytest.FixtureRequest) -> Iterator[TaskEnv]:
     entry = lookup(request.param)
     if not entry.installed:
         pytest.skip(f"needs {entry.suite.requires}: {entry.suite.install}")
-    made = make_env(request.param)
+    try:
+        made = make_env(request.param)
+    except AssetsMissing as error:
+        pytest.skip(str(error))
     yield made
     made.close()
 
@@ -77,7 +82,7 @@ def test_truncates_at_its_number_of_decisions_and_never_before(env: TaskEnv) -> 
 
 def test_the_table_has_the_tasks_of_every_suite() -> None:
     suites = Counter(entry.suite.name for entry in TASKS.values())
-    assert suites == {"dmcontrol": 39, "metaworld": 50, "myosuite": 10, "gymnasium": 4}
+    assert suites == {"dmcontrol": 39, "metaworld": 50, "maniskill": 5, "myosuite": 10, "gymnasium": 4}
     decisions = {task: lookup(task).spec.decisions for task in ("dog-run", "mw-push", "myo-pose", "bipedal-walker")}
     assert decisions == {"dog-run": 500, "mw-push": 100, "myo-pose": 100, "bipedal-walker": 1600}
 
@@ -197,3 +202,29 @@ def test_the_counting_simulator_is_what_the_tests_think_it_is() -> None:
     simulator = CountingSimulator()
     assert simulator.reset(10_002).tolist() == [0, 1]
     assert [simulator.step(np.zeros(1)).truncated for _ in range(2)] == [False, True]
+
+
+def test_missing_assets_are_named_with_their_command_and_nothing_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    maniskill = pytest.importorskip("specmpc_cli.envs.maniskill", reason="needs mani_skill: pip install 'specmpc[maniskill]'")
+    monkeypatch.setattr(maniskill, "ASSET_DIR", tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
+    for task, asset in (("pick-ycb", "ycb"), ("turn-faucet", "partnet_mobility_faucet")):
+        with pytest.raises(AssetsMissing, match=f"not in {tmp_path}; run: python -m mani_skill.utils.download_asset {asset} "):
+            make_env(task)
+    checked = list_tasks("maniskill", check=True)["tasks"]
+    assert [task["ok"] for task in checked] == [True, True, True, None, None] and "download_asset ycb" in checked[3]["error"]
+
+
+def test_lifting_the_cube_is_rewarded_as_in_version_2() -> None:
+    pytest.importorskip("mani_skill", reason="needs mani_skill: pip install 'specmpc[maniskill]'")
+    env = make_env("lift-cube")
+    env.reset(seed=0)
+    scene = env.simulator._env.unwrapped  # type: ignore[attr-defined]
+    info = scene.get_info()
+    distance = float(np.linalg.norm(scene.cube.pose.p - scene.agent.tcp_pose.p))
+    reward = float(scene.compute_dense_reward(None, None, info))
+    assert reward == pytest.approx(1 - np.tanh(5 * distance), abs=1e-5)  # on the table and not grasped: reaching only
+    assert not bool(info["success"])
+    done = {"success": info["success"] | True}
+    assert float(scene.compute_normalized_dense_reward(None, None, done)) == 1.0
+    env.close()
