@@ -1,5 +1,8 @@
 """The commands that act and measure: eval, compare, bench."""
 
+import shlex
+import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -82,22 +85,30 @@ def compare(
     episodes: EpisodesOption = 10,
     detail: Annotated[bool, typer.Option("--detail", help="Also a table by age of the plan.")] = False,
     require: RequireOption = None,
+    max_return_loss: Annotated[float | None, typer.Option(help="Name the row that saves most within this share of lost return.")] = None,
+    report_page: Annotated[Path | None, typer.Option("--report", help="Also write one self-contained HTML page.")] = None,
     video: VideoOption = None,
     preset: PresetOption = None,
     set_: SetOption = None,
 ) -> None:
     """All ways of acting side by side: return against planner calls saved."""
-    from specmpc_cli.cli.tables import by_age_table, comparison_table
+    from specmpc_cli.cli.tables import best_line, by_age_table, comparison_table
     from specmpc_cli.workflows.acting import check_archs
+    from specmpc_cli.workflows.choose import best_within, check_loss
     from specmpc_cli.workflows.compare import compare as run
     from specmpc_cli.workflows.compare import keep_results, parse_requirements, rows_meeting, ways_of
     from specmpc_cli.workflows.plots import row_label
+    from specmpc_cli.workflows.report_page import check_page, write_page
     from specmpc_cli.workflows.video import most_saving
 
     out = output_for(common)
     requirements = parse_requirements(require) if require else []
     steps = parse_horizons(horizons)
     archs = check_archs(arch) if arch else None
+    if report_page:
+        check_page(report_page)
+    if max_return_loss is not None:
+        check_loss(max_return_loss, episodes)
     prepare_filming(out, video)
     store, bench = open_store(common, out, task, preset, set_)
     ways = ways_of(bench, steps, matching_correctors(out, store, bench, archs))
@@ -117,10 +128,13 @@ def compare(
             episodes=episodes,
             seed=common.seed,
             num_envs=envs_for(episodes),
+            traces=report_page is not None,
             on_way=lambda _, way: progress.reset(bar, total=total, description=way.label),
             on_step=lambda _: progress.advance(bar),
             on_row=finished,
         )
+    if max_return_loss is not None:
+        report["best"] = best_within(report, max_return_loss)
     out.table(comparison_table(report, row_label))
     out.document(report)
     if detail:
@@ -129,6 +143,12 @@ def compare(
     as_json, as_png = keep_results(store, report)
     out.say(f"results: {as_json}")
     out.say(f"plot:    {as_png}")
+    best = None if max_return_loss is None else best_line(report, row_label)
+    if best:
+        out.say(f"best:    {best}")
+    if report_page:
+        write_page(report, report_page, shlex.join(["specmpc", *sys.argv[1:]]), best)
+        out.say(f"report:  {report_page}")
     if video:
         film_ways(out, bench, [ways[0], most_saving(ways, report)], common.seed, video)
     if requirements:

@@ -31,6 +31,19 @@ def comparison_table(report: dict[str, Any], label: Any) -> Table:
     return table
 
 
+def best_line(report: dict[str, Any], label: Any) -> str:
+    """The row that was chosen on half of the episodes, with its figures on the other half."""
+    best = report["best"]
+    others = report["episodes"] - best["episodes"]
+    kept = (
+        f"keeps {percent(best['return_vs_baseline'], 1)} ({_interval(best['return_vs_baseline_ci95'], 100, ' %')}) of the baseline's return"
+    )
+    return (
+        f"{label(report['rows'][best['row']])}, chosen on {others} episodes for at most {best['max_return_loss']:.1%} lost return; "
+        f"on the other {best['episodes']} it {kept} and saves {percent(best['calls_saved'])} of the calls"
+    )
+
+
 def by_age_table(report: dict[str, Any], label: Any) -> Table:
     """What happens as plans age, for each way of acting."""
     table = Table(box=box.SIMPLE_HEAD, title="by age of the plan", title_justify="left", title_style="bold", pad_edge=False)

@@ -14,7 +14,7 @@ from specmpc_cli.errors import ConfigError
 from specmpc_cli.files import write_whole
 from specmpc_cli.runtime import Purpose
 from specmpc_cli.workflows.acting import Mode, Way, Workbench, adaptive_way
-from specmpc_cli.workflows.evaluate import Report, Row, episodes_of, evaluate, make_report, make_row, measure_latency
+from specmpc_cli.workflows.evaluate import Report, Row, episodes_of, evaluate, make_report, make_row, measure_latency, trace_of
 from specmpc_cli.workflows.plots import plot_front
 from specmpc_cli.workflows.rollout import Transition
 from specmpc_cli.workflows.store import FittedCorrector, Store
@@ -42,11 +42,15 @@ def compare(
     episodes: int,
     seed: int,
     num_envs: int,
+    traces: bool = False,
     on_way: Callable[[int, Way], None] | None = None,
     on_step: Callable[[Transition], None] | None = None,
     on_row: Callable[[Row], None] | None = None,
 ) -> Report:
-    """Runs every way on the same `compare` episodes and times each in a pass of its own. `ways` begins with the baseline."""
+    """Runs every way on the same `compare` episodes and times each in a pass of its own. `ways` begins with the baseline.
+
+    `traces` adds to each row what was decided and met at each step of the first episode.
+    """
     assert ways[0].mode is Mode.BASELINE
     envs = VectorEnv.make(bench.spec.task, min(num_envs, episodes))
     runs = episodes_of(Purpose.COMPARE, seed, episodes)
@@ -60,6 +64,8 @@ def compare(
             baseline = baseline or stats
             latency = measure_latency(bench, way, envs, seed)
             rows.append(make_row(way, stats, baseline, latency, bench.spec.has_success))
+            if traces:
+                rows[-1]["trace"] = trace_of(stats[0])
             if on_row is not None:
                 on_row(rows[-1])
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -101,6 +102,12 @@ def make_row(way: Way, stats: list[EpisodeStats], baseline: list[EpisodeStats] |
         row["return_vs_baseline"] = ratio(score, reference)
         row["return_vs_baseline_ci95"] = ratio_ci95(score, reference)
     return row
+
+
+def trace_of(stats: EpisodeStats) -> Row:
+    """An episode step by step: `decisions`, and `mismatches`, null where no plan predicted the step."""
+    mismatches = [mismatch if math.isfinite(mismatch) else None for mismatch in stats.mismatches]
+    return {"decisions": list(stats.decisions), "mismatches": mismatches}
 
 
 def _gate_rates(way: Way, stats: list[EpisodeStats], steps: int) -> Row:

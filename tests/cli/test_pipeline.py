@@ -201,6 +201,16 @@ def test_the_table_names_every_way_in_full_and_the_detail_every_age(pipeline: Co
     assert max(map(len, table)) <= 140
 
 
+def test_the_best_row_within_a_loss_is_named_from_episodes_that_did_not_choose_it(pipeline: Command) -> None:
+    arguments = ("compare", "--horizons", "3", "--episodes", "4", "--max-return-loss", "0.9")
+    report = pipeline(*arguments, "--json").document
+    best = report["best"]
+    assert best["episodes"] == 2 and best["row"] > 0 and best["mode"] == report["rows"][best["row"]]["mode"]
+    assert "best:    " in pipeline(*arguments).out
+    assert "such as 0.02; got 1" in pipeline.fails("compare", "--max-return-loss", "1")
+    assert "needs --episodes 4 or more, got 3" in pipeline.fails("compare", "--episodes", "3", "--max-return-loss", "0.1")
+
+
 def test_requirements_decide_the_exit_code(pipeline: Command) -> None:
     arguments = ("compare", "--episodes", "1", "--horizons", "3")
     met = pipeline(*arguments, "--require", "calls_saved>=0.6,calls_saved<1,control_hz>0")
