@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from specmpc_cli.errors import StoreError
+from specmpc_cli.errors import ConfigError, StoreError
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -29,7 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror or error}; choose another --store or free it") from None
+        raise StoreError(f"cannot write {path}: {error.strerror or error}; free space there, or choose another place") from None
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -41,3 +41,14 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"cannot create {folder}: {error.strerror or error}; choose another --store") from None
+
+
+def check_destination(path: Path, option: str) -> Path:
+    """The path, which an option named. Raises ConfigError where no file can be written there, before the work that would fill it."""
+    if path.is_dir():
+        raise ConfigError(f"{option} must be a file, and {path} is a folder")
+    if not path.parent.is_dir():
+        raise ConfigError(f"cannot write {path}: there is no folder {path.parent}; create it, or choose another {option}")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"no permission to write to {path.parent}; choose another {option}")
+    return path

@@ -63,6 +63,11 @@ class Runtime:
     notes: tuple[str, ...] = ()  # what the user should know about these choices
 
     @property
+    def prepares(self) -> bool:
+        """Whether the first plans compile kernels or capture graphs."""
+        return self.compiled or self.device.type == "cuda"
+
+    @property
     def dtype_name(self) -> str:
         return "bf16" if self.dtype == torch.bfloat16 else "fp32"
 

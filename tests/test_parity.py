@@ -149,10 +149,10 @@ def test_two_updates(name: str) -> None:
 
     model = read_official(VECTORS / f"{name}.pt")
     names = ("rho", "consistency_coef", "reward_coef", "value_coef", "termination_coef", "entropy_coef", "tau")
-    discount = tuple(config["discount"]) if config["multitask"] else config["discount"]
-    losses = LossSettings(discount, **{name: config[name] for name in names})
+    discounts = config["discount"] if config["multitask"] else None
+    losses = LossSettings(discount=0.0 if discounts else config["discount"], **{name: config[name] for name in names})
     settings = LearnerSettings(lr=config["lr"], enc_lr_scale=config["enc_lr_scale"], grad_clip_norm=config["grad_clip_norm"], dropout=0.0)
-    learner = Learner(model, losses, settings, choose_runtime("cpu", "fp32"), seed=0)
+    learner = Learner(model, losses, settings, choose_runtime("cpu", "fp32"), seed=0, discounts=discounts)
     learner.scale.fill_(float(get("scale_before")))
     batch = Batch(
         get("batch_obs"),

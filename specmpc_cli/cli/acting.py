@@ -58,7 +58,7 @@ def eval_(
     out = output_for(common)
     options = {"horizon": horizon, "arch": arch, "accept_below": accept_below, "replan_above": replan_above}
     check_way(mode, **options)
-    prepare_filming(out, video)
+    prepare_filming(out, video, task, common.store, common.name)
     store, bench = open_store(common, out, task, preset, set_)
     way = choose_way(store, bench, mode, **options)
     if way.corrector is not None:
@@ -99,7 +99,7 @@ def compare(
     from specmpc_cli.workflows.compare import keep_results, parse_requirements, rows_meeting, ways_of
     from specmpc_cli.workflows.plots import row_label
     from specmpc_cli.workflows.report_page import check_page, write_page
-    from specmpc_cli.workflows.video import most_saving
+    from specmpc_cli.workflows.video import check_filming, most_saving
 
     out = output_for(common)
     requirements = parse_requirements(require) if require else []
@@ -109,9 +109,11 @@ def compare(
         check_page(report_page)
     if max_return_loss is not None:
         check_loss(max_return_loss, episodes)
-    prepare_filming(out, video)
+    prepare_filming(out, video, task, common.store, common.name)
     store, bench = open_store(common, out, task, preset, set_)
     ways = ways_of(bench, steps, matching_correctors(out, store, bench, archs))
+    if video:
+        check_filming(ways)
     prepare_acting(out, bench, ways)
     with out.progress() as progress:
         total = episodes * bench.spec.decisions
@@ -149,13 +151,13 @@ def compare(
     if report_page:
         write_page(report, report_page, shlex.join(["specmpc", *sys.argv[1:]]), best)
         out.say(f"report:  {report_page}")
-    if video:
-        film_ways(out, bench, [ways[0], most_saving(ways, report)], common.seed, video)
     if requirements:
         meeting = rows_meeting(report, requirements)
         if not meeting:
             raise GateFailed(f"no row meets --require {require}")
         out.note(f"--require is met by {', '.join(row_label(row) for row in meeting)}")
+    if video:
+        film_ways(out, bench, [ways[0], most_saving(ways, report)], common.seed, video)
 
 
 @common_options
@@ -174,7 +176,8 @@ def bench(
     out.note(f"{describe(runtime)} · both paths take turns in this process; anything else that runs here disturbs the figures")
 
     def preparing(size: int) -> None:
-        out.note(f"{size} M: preparing; the first time on a machine this compiles, about two minutes")
+        compiling = "; the first time on a machine this compiles, about two minutes" if runtime.prepares else ""
+        out.note(f"{size} M: preparing{compiling}")
 
     def finished(row: dict[str, Any]) -> None:
         out.note(

@@ -90,13 +90,13 @@ def prepare_training(out: Output, trainer: "Trainer") -> None:
     """Makes the first plans and losses, which compiles them, and says so."""
     for note in trainer.notes:
         out.note(f"note: {note}")
-    if trainer.runtime.compiled:
+    if trainer.runtime.prepares:
         _prepare(out, "planner and losses", "two minutes", trainer.prepare)
 
 
 def prepare_acting(out: Output, bench: "Workbench", ways: "Iterable[Way]" = ()) -> None:
     """Makes the first plan, and the first step of each corrector in `ways`, which compiles them, and says so."""
-    if bench.runtime.compiled and not bench.warm:
+    if bench.runtime.prepares and not bench.warm:
         _prepare(out, "the planner", "a minute or two", lambda: bench.warm_up(ways))
 
 
@@ -110,15 +110,18 @@ def _prepare(out: Output, what: str, duration: str, prepare: Callable[[], str | 
     out.note(f"{what} ready after {time.perf_counter() - started:.0f} s")
 
 
-def prepare_filming(out: Output, video: Path | None) -> None:
-    """Checks where a video is to go and settles how it is drawn, before any simulator is imported."""
+def prepare_filming(out: Output, video: Path | None, task: str | None, store: Path, name: str) -> None:
+    """Checks where a video is to go, settles how it is drawn before any simulator is imported, and draws one frame."""
     if video is None:
         return
     from specmpc_cli.envs.rendering import choose_backend
-    from specmpc_cli.workflows.video import check_video
+    from specmpc_cli.workflows.store import Store
+    from specmpc_cli.workflows.video import check_drawing, check_video
 
     check_video(video)
-    out.note(f"video: drawn with {choose_backend()} (MUJOCO_GL chooses another: egl, osmesa or glfw)")
+    backend = choose_backend()
+    check_drawing(Store(store, task, name).task)
+    out.note(f"video: drawn with {backend} (MUJOCO_GL chooses another: egl, osmesa or glfw)")
 
 
 def film_ways(out: Output, bench: "Workbench", ways: "list[Way]", seed: int, video: Path) -> None:

@@ -129,7 +129,7 @@ def tasks_table(tasks: Sequence[Row], checked: bool) -> Table:
             task["suite"],
             _number(task["obs_dim"]),
             _number(task["action_dim"]),
-            str(task["decisions"]),
+            _number(task["decisions"]),
             known,
             state,
         ]

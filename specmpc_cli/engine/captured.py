@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -32,15 +33,22 @@ class CapturedCall:
             return self._fn(*inputs)
         if self._graph is None:
             self._capture(inputs)
-        assert self._graph is not None
+        if self._graph is None:
+            return self._fn(*inputs)
         for static, value in zip(self._inputs, inputs, strict=True):
             static.copy_(value)
         self._graph.replay()
         return tree_map(torch.clone, self._outputs)  # the next replay writes over them
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
+        """Captures the function; where that fails it stays a plain call for good, and a warning says so."""
         self._inputs = tuple(value.clone() for value in inputs)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._outputs = self._fn(*self._inputs)
+        try:
+            with torch.cuda.graph(graph):
+                self._outputs = self._fn(*self._inputs)
+        except RuntimeError as error:
+            self._enabled = False
+            warnings.warn(f"not captured in a CUDA graph, so it runs slower: {str(error).strip().splitlines()[0]}", stacklevel=3)
+            return
         self._graph = graph

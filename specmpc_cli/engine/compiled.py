@@ -1,4 +1,4 @@
-"""What is compiled, and when. The eager path is the same code: these are the planner's own two functions, compiled.
+"""What is compiled, and when. The eager path is the same code: these are the engine's own functions, compiled.
 
 One MPPI iteration is the unit (not the unrolled plan): it compiles once per batch size in well under a minute, and Inductor's on-disk cache
 (runtime.use_compile_cache) makes the next start take seconds.
@@ -7,6 +7,7 @@ One MPPI iteration is the unit (not the unrolled plan): it compiles once per bat
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,27 +39,40 @@ def compiled_kernels() -> Kernels:
 
 @cache
 def compiled_judge() -> Judge:
-    """The judgement of one row with a corrector, compiled for each architecture; more rows, and rows without one, are judged eagerly.
+    """The judgement of one row, compiled for each corrector's architecture; without a corrector there is too little to gain.
 
-    One row is a controller's step, where a hundred small operations cost more than the arithmetic; a batch of episodes is not worth
-    a compilation per size.
+    One row is a controller's step, where a hundred small operations cost more than the arithmetic.
     """
     use_compile_cache()
     torch._dynamo.config.recompile_limit = 256
-    one_row = torch.compile(judge, fullgraph=True, dynamic=False)
+    with_corrector = torch.compile(judge, fullgraph=True, dynamic=False)
+
+    def judge_row(model: WorldModel, corrector: Corrector | None, *seen: Any) -> Judgement:
+        return (judge if corrector is None else with_corrector)(model, corrector, *seen)
+
+    return judge_row
+
+
+def judge_for(runtime: Runtime) -> Judge:
+    """How this device judges: a CPU row by row, so that a row's results do not depend on those beside it; CUDA all rows at once."""
+    if runtime.device.type == "cuda":
+        return judge
+    return row_by_row(compiled_judge() if runtime.compiled else judge)
+
+
+def row_by_row(judge_row: Judge) -> Judge:
+    """Judges rows one at a time."""
 
     def judge_rows(
         model: WorldModel, corrector: Corrector | None, metric: str, limits: GateLimits, obs: Tensor, *seen: Tensor
     ) -> Judgement:
-        chosen = one_row if corrector is not None and len(obs) == 1 else judge
-        return chosen(model, corrector, metric, limits, obs, *seen)
+        if len(obs) == 1:
+            return judge_row(model, corrector, metric, limits, obs, *seen)
+        rows = zip(*(value.split(1) for value in (obs, *seen)), strict=True)
+        parts = [judge_row(model, corrector, metric, limits, *row) for row in rows]
+        return Judgement(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     return judge_rows
-
-
-def judge_for(runtime: Runtime) -> Judge:
-    """Compiled or eager judgement, as the runtime was chosen."""
-    return compiled_judge() if runtime.compiled else judge
 
 
 def kernels_for(runtime: Runtime) -> Kernels:

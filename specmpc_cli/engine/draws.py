@@ -78,8 +78,8 @@ def _uniform(streams: Tensor, steps: Tensor, count: int) -> Tensor:
     step = steps.unsqueeze(1).expand_as(index)
     zero = torch.zeros_like(index)
     words = philox4x32((index, step & _LOW, (step >> 32) & _LOW, zero), (streams.unsqueeze(1) & _LOW, (streams.unsqueeze(1) >> 32) & _LOW))
-    # 24 bits fill fp32's mantissa; the half keeps 0 and 1 out.
-    return ((torch.stack(words, dim=2).flatten(1)[:, :count] >> 8).float() + 0.5) * 2.0**-24
+    # With 23 bits the half, which keeps 0 and 1 out, still fits into fp32's mantissa.
+    return ((torch.stack(words, dim=2).flatten(1)[:, :count] >> 9).float() + 0.5) * 2.0**-23
 
 
 _LOW = 0xFFFFFFFF

@@ -8,6 +8,7 @@ A multi-task checkpoint becomes the single-task model of one member (`WorldModel
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import struct
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from specmpc_cli.engine.world_model import WorldModel, WorldModelDims
 from specmpc_cli.errors import CheckpointError
-from specmpc_cli.files import replacing
+from specmpc_cli.files import write_whole
 
 State = dict[str, Tensor]
 
@@ -216,5 +217,6 @@ def official_state(model: WorldModel) -> State:
 
 def save_official(model: WorldModel, path: Path) -> None:
     """Writes an official checkpoint, {"model": state_dict}, whole or not at all. Raises StoreError where the folder cannot be written."""
-    with replacing(path) as beside:
-        torch.save({"model": official_state(model)}, beside)
+    content = io.BytesIO()  # torch.save to a full disk raises what no user could read
+    torch.save({"model": official_state(model)}, content)
+    write_whole(path, content.getvalue())

@@ -7,10 +7,9 @@ time limit is the episode's length. Its `metadata` may say more: `episodic` (it 
 
 from __future__ import annotations
 
-import importlib
 import sys
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +36,21 @@ def custom_spec(task: str) -> EnvSpec:
 def make_simulator(task: str) -> GymnasiumSimulator:
     """A new simulator of the task."""
     has_success = custom_spec(task).has_success
-    return GymnasiumSimulator(_make(task), (lambda info, _: bool(info["success"])) if has_success else None)
+    return GymnasiumSimulator(_make(task), (lambda info, _: bool(info.get("success", False))) if has_success else None)
 
 
 def _make(task: str) -> gymnasium.Env[Any, Any]:
-    named = {entry.name: entry.value for entry in entry_points(group=CUSTOM_GROUP)}
-    module_name, _, function_name = named.get(task, task).partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a module in the current folder needs no installation
+    named = {entry.name: entry for entry in entry_points(group=CUSTOM_GROUP)}
+    entry = named.get(task) or EntryPoint(task, task, CUSTOM_GROUP)
+    if task not in named and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a module in the current folder needs no installation; last, so that it hides no other
     # Whatever the user's code raises, they are told what and where, in one line.
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-        env = function()
+        env = entry.load()()
     except Exception as error:  # noqa: BLE001
         raise UnknownTask(f"the task {task!r} cannot be made: {type(error).__name__}: {' '.join(str(error).split())}") from None
     if not isinstance(env, gymnasium.Env):
-        raise UnknownTask(f"the task {task!r} must give a gymnasium.Env, and {function_name}() gave a {type(env).__name__}")
+        raise UnknownTask(f"the task {task!r} must give a gymnasium.Env, and it gave a {type(env).__name__}")
     return env
 
 

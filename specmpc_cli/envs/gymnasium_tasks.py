@@ -14,6 +14,7 @@ from gymnasium.spaces import Box, flatdim, flatten
 from PIL import Image
 
 from specmpc_cli.envs.adapter import RawStep
+from specmpc_cli.errors import CannotRender
 
 Success = Callable[[dict[str, Any], float], bool]  # (info of this step, return so far) → success
 
@@ -51,8 +52,10 @@ class GymnasiumSimulator:
 
     def render(self, height: int, width: int) -> np.ndarray:
         """A frame at the environment's own size, resized."""
-        frame = Image.fromarray(np.asarray(self._env.render(), dtype=np.uint8))
-        return np.asarray(frame.resize((width, height)))
+        drawn = self._env.render()
+        if drawn is None:
+            raise CannotRender('the environment draws nothing; make it with render_mode="rgb_array" and a render() that returns frames')
+        return np.asarray(Image.fromarray(np.asarray(drawn, dtype=np.uint8)).resize((width, height)))
 
     def close(self) -> None:
         self._env.close()

@@ -1,7 +1,7 @@
 """ManiSkill's five tasks on ManiSkill 3, from states, on a CPU and without a graphics device.
 
 What differs from the published results, which ran ManiSkill 2: the observations are version 3's, turn-faucet has a sparse reward only, and
-lift-cube, which version 3 lacks, is built here on its cube scene with the reward of version 2.
+lift-cube, which version 3 lacks, is built here on its cube scene with the reward of version 2. As there, a success ends the episode.
 """
 
 # An extra, which may not be installed where types are checked.

@@ -137,8 +137,8 @@ def lookup(task: str) -> TaskEntry:
 
 
 def custom_tasks() -> list[str]:
-    """Names of the tasks that installed packages bring as entry points."""
-    return sorted(entry.name for entry in entry_points(group=CUSTOM_GROUP))
+    """Names of the tasks that installed packages bring as entry points; a name that is taken stays with its task."""
+    return sorted({entry.name for entry in entry_points(group=CUSTOM_GROUP)} - TASKS.keys() - _BUILT_IN.keys())
 
 
 def _is_custom(name: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -53,7 +53,7 @@ class UpdateInfo(NamedTuple):
 class LossKernels(NamedTuple):
     """The two losses, eager or compiled; with their backward passes they take nearly all of an update's time."""
 
-    world_model: Callable[[WorldModel, Batch, UpdateNoise, LossSettings], ModelLoss]
+    world_model: Callable[[WorldModel, Batch, UpdateNoise, LossSettings, Tensor | None], ModelLoss]
     policy: Callable[[WorldModel, Tensor, UpdateNoise, Tensor, LossSettings, Tensor | None], PolicyLoss]
 
 
@@ -73,7 +73,19 @@ def compiled_losses() -> LossKernels:
 class Learner:
     """Optimises a world model in place: world model, then policy prior, then the target heads."""
 
-    def __init__(self, model: WorldModel, losses: LossSettings, settings: LearnerSettings, runtime: Runtime, *, seed: int) -> None:
+    def __init__(
+        self,
+        model: WorldModel,
+        losses: LossSettings,
+        settings: LearnerSettings,
+        runtime: Runtime,
+        *,
+        seed: int,
+        discounts: Sequence[float] | None = None,
+    ) -> None:
+        """`discounts`: one per task, for models of a task set."""
+        assert (discounts is not None) == (model.task_emb is not None), "a model of a task set has one discount per task"
+        self._discounts = None if discounts is None else torch.tensor(discounts, device=runtime.device)
         self.model = model.to(runtime.device).train()
         self.updates = 0
         self.scale = torch.ones((), device=runtime.device)
@@ -180,7 +192,7 @@ class Learner:
 
     def _world_model_loss(self, batch: Batch, noise: UpdateNoise) -> ModelLoss:
         with self._autocast():
-            loss = self._kernels.world_model(self.model, batch, noise, self._losses)
+            loss = self._kernels.world_model(self.model, batch, noise, self._losses, self._discounts)
         loss.total.backward()
         return loss
 

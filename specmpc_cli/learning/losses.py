@@ -42,7 +42,7 @@ class UpdateNoise(NamedTuple):
 class LossSettings:
     """The numbers of the losses (TD-MPC2, appendix H)."""
 
-    discount: float | tuple[float, ...]  # one per task for models of a task set
+    discount: float  # for models of a task set the learner has one per task
     rho: float = 0.5  # weight of a step of the rollout over the one before it
     consistency_coef: float = 20.0
     reward_coef: float = 0.1
@@ -72,13 +72,16 @@ class PolicyLoss(NamedTuple):
     scale: Tensor  # []
 
 
-def world_model_loss(model: WorldModel, batch: Batch, noise: UpdateNoise, s: LossSettings) -> ModelLoss:
-    """Latent consistency, reward, value and termination over a latent rollout of the batch's actions."""
+def world_model_loss(model: WorldModel, batch: Batch, noise: UpdateNoise, s: LossSettings, discounts: Tensor | None = None) -> ModelLoss:
+    """Latent consistency, reward, value and termination over a latent rollout of the batch's actions.
+
+    `discounts` [tasks] takes the place of the settings' discount for models of a task set.
+    """
     horizon, size = batch.reward.shape
     weight = s.rho ** torch.arange(horizon, device=batch.reward.device)  # [H]
     with torch.no_grad():
         seen = model.encode(batch.obs[1:], batch.task)  # [H, B, Z]
-        target = td_target(model, seen, batch, noise, s.discount)  # [H, B]
+        target = td_target(model, seen, batch, noise, s.discount if discounts is None else discounts[batch.task])  # [H, B]
     latents = [model.encode(batch.obs[0], batch.task)]
     for action in batch.action:
         latents.append(model.next(latents[-1], action, batch.task))
@@ -99,13 +102,12 @@ def world_model_loss(model: WorldModel, batch: Batch, noise: UpdateNoise, s: Los
     return ModelLoss(total, consistency.detach(), reward.detach(), value.detach(), termination.detach(), z.detach())
 
 
-def td_target(model: WorldModel, next_z: Tensor, batch: Batch, noise: UpdateNoise, discount: float | tuple[float, ...]) -> Tensor:
-    """Reward plus the discounted minimum of two target heads at the policy prior's action; [H, B]."""
+def td_target(model: WorldModel, next_z: Tensor, batch: Batch, noise: UpdateNoise, discount: float | Tensor) -> Tensor:
+    """Reward plus the discounted minimum of two target heads at the policy prior's action; [H, B]. `discount` may be [B]."""
     action = model.pi_sample(next_z, noise.td_eps, batch.task)
     za = torch.cat([model.with_task(next_z, batch.task), action], dim=-1).flatten(0, 1)
     values = model.decode(model.q_target.drawn_logits(za, noise.td_q_index))  # [2, H·B]
-    rate = torch.tensor(discount, device=values.device)[batch.task] if isinstance(discount, tuple) else discount
-    return batch.reward + rate * (1 - batch.terminated) * values.amin(0).view_as(batch.reward)
+    return batch.reward + discount * (1 - batch.terminated) * values.amin(0).view_as(batch.reward)
 
 
 def policy_loss(model: WorldModel, z: Tensor, noise: UpdateNoise, scale: Tensor, s: LossSettings, task: Tensor | None = None) -> PolicyLoss:

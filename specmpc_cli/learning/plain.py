@@ -87,7 +87,7 @@ class PlainModel(nn.Module):
         self.encoder, self.dynamics = _mlp(model.encoder, _SimNorm()), _mlp(model.dynamics, _SimNorm())
         self.reward, self.pi_net = _mlp(model.reward_net), _mlp(model.pi_net)
         self.termination = None if model.termination_net is None else _mlp(model.termination_net)
-        self.q, self.q_target = _heads(model.q, dropout), _heads(model.q_target, dropout)
+        self.q, self.q_target = _heads(model.q, dropout), _heads(model.q_target, 0.0)
         self.q_target.requires_grad_(False)
         self.register_buffer("bins", torch.linspace(d.vmin, d.vmax, d.num_bins))
 
@@ -187,9 +187,7 @@ class PlainLearner:
     """Updates of a `PlainModel`, as the official code makes them: Adam without fusion, gradients clipped over all parameters."""
 
     def __init__(self, model: PlainModel, losses: LossSettings, settings: LearnerSettings) -> None:
-        assert isinstance(losses.discount, float), "the plain path knows no task sets"
         self.model, self._losses, self._settings = model.train(), losses, settings
-        self._discount = losses.discount
         self.scale = torch.ones((), device=model.bins.device)
         named = dict(model.named_parameters())
         encoder = list(model.encoder.parameters())
@@ -206,7 +204,7 @@ class PlainLearner:
             seen = model.encoder(batch.obs[1:])
             action = model.pi(seen, noise.td_eps)[0]
             value = model.chosen_values(model.q_target, seen, action, noise.td_q_index).min(0).values
-            target = batch.reward.unsqueeze(-1) + self._discount * (1 - batch.terminated.unsqueeze(-1)) * value
+            target = batch.reward.unsqueeze(-1) + s.discount * (1 - batch.terminated.unsqueeze(-1)) * value
 
         z = model.encoder(batch.obs[0])
         latents = torch.empty(horizon + 1, size, model.dims.latent_dim, device=z.device)

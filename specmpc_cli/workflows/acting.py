@@ -14,6 +14,7 @@ from torch._dynamo.exc import TorchDynamoException
 from specmpc_cli.config.schema import Config, PlannerConfig
 from specmpc_cli.engine.actors import PolicyActor
 from specmpc_cli.engine.batched_planner import BatchedPlanner
+from specmpc_cli.engine.captured import EAGER_CALLS
 from specmpc_cli.engine.compiled import batch_sizes_for, draws_for, judge_for, kernels_for
 from specmpc_cli.engine.correctors import CORRECTORS
 from specmpc_cli.engine.gate import GateRule
@@ -152,13 +153,14 @@ class Workbench:
 
 @torch.inference_mode()
 def plan_once(planner: BatchedPlanner, model: WorldModel, runtime: Runtime) -> None:
-    """Makes one plan per batch size, which compiles what will be compiled."""
+    """Makes one plan per batch size, which compiles what will be compiled; on CUDA as many as it takes to capture a graph."""
     d, device = model.dims, runtime.device
     for rows in batch_sizes_for(runtime):
         z = model.encode(torch.zeros(rows, d.obs_dim, device=device))
         warm_start = torch.zeros(rows, planner.settings.horizon, d.action_dim, device=device)
         index = torch.zeros(rows, dtype=torch.int64, device=device)
-        planner(z, warm_start, index, index)
+        for _ in range(EAGER_CALLS + 1 if device.type == "cuda" else 1):
+            planner(z, warm_start, index, index)
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ import platform
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,8 @@ def benchmark(
         on_prepare: told a size before its kernels are compiled.
         on_row: told each row as it is measured.
     """
-    peak = peak_gflops(runtime)
+    peaks = {what: peak_gflops(runtime.device, runtime.dtype) for what in WHAT}
+    peaks["step"] = peak_gflops(runtime.device, torch.float32)  # a controller's step is computed in fp32
     notes, rows = [], []
     for size in sizes:
         if on_prepare:
@@ -96,7 +97,7 @@ def benchmark(
             runtime = subject.runtime
             notes.append(problem)
         for case in subject.cases(what):
-            row = measure(case, runtime, peak, _SECONDS if seconds is None else seconds)
+            row = measure(case, runtime, peaks[case.what], _SECONDS if seconds is None else seconds)
             rows.append(row)
             if on_row:
                 on_row(row)
@@ -107,7 +108,7 @@ def benchmark(
         "dtype": runtime.dtype_name,
         "compiled": runtime.compiled,
         "threads": runtime.threads,
-        "peak_gflops": peak,
+        "peak_gflops": peaks["plan"],
         "versions": versions(),
         "date": timestamp(),
         "notes": notes,
@@ -279,14 +280,16 @@ def measure(case: Case, runtime: Runtime, peak: float, seconds: float) -> dict[s
         "floor_ms": gflop / peak * 1e3,
         "gflop": gflop,
         "pairs": pairs,
+        "compiled": runtime.compiled,
     }
 
 
-def peak_gflops(runtime: Runtime) -> float:
-    """GFLOP/s of a large square matrix product in the runtime's dtype: what arithmetic alone could reach here."""
-    size = PEAK_SIZE[runtime.device.type]
-    a = torch.randn(size, size, device=runtime.device).to(runtime.dtype)
-    watch, times = Stopwatch(runtime.device), []
+@cache
+def peak_gflops(device: torch.device, dtype: torch.dtype) -> float:
+    """GFLOP/s of a large square matrix product: what arithmetic alone could reach here."""
+    size = PEAK_SIZE[device.type]
+    a = torch.randn(size, size, device=device).to(dtype)
+    watch, times = Stopwatch(device), []
     for _ in range(7):
         watch.start()
         _product(a)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from specmpc_cli.engine.official import save_official
-from specmpc_cli.errors import ConfigError
+from specmpc_cli.files import check_destination
 from specmpc_cli.workflows.store import Store
 
 
@@ -26,15 +25,10 @@ def export_teacher(store: Store, out: Path | None = None) -> ExportReport:
 
     Raises:
         CheckpointError: there is no teacher.
-        ConfigError: `out` is a folder, or lies in one that is not there or cannot be written.
+        ConfigError: `out` is a folder, or lies in one that is not there or cannot be written. StoreError: the disk is full.
     """
     out = out or Path(f"{store.task}.pt")
-    if out.is_dir():
-        raise ConfigError(f"--out must be a file, and {out} is a folder; try --out {out / f'{store.task}.pt'}")
-    if not out.parent.is_dir():
-        raise ConfigError(f"cannot write {out}: there is no folder {out.parent}; create it, or choose another --out")
-    if not os.access(out.parent, os.W_OK):
-        raise ConfigError(f"no permission to write to {out.parent}; choose another --out")
+    check_destination(out, "--out")
     teacher = store.teacher()
     save_official(teacher.model, out)
     return ExportReport(store.task, out, teacher.sha256, teacher.source)

@@ -10,9 +10,10 @@ import yaml
 
 from specmpc_cli.config.presets import zoo_root
 from specmpc_cli.envs.registry import CUSTOM, TASKS, TaskEntry, custom_tasks, lookup, make_env
-from specmpc_cli.errors import AssetsMissing, ConfigError
+from specmpc_cli.errors import AssetsMissing, ConfigError, UnknownTask
 
 CHECK_STEPS = 20
+_FIELDS = ("task", "suite", "installed", "obs_dim", "action_dim", "decisions", "teacher", "ok", "error", "steps_per_s")
 
 
 def list_tasks(suite: str | None, *, check: bool, on_task: Any = None) -> dict[str, Any]:
@@ -29,14 +30,16 @@ def list_tasks(suite: str | None, *, check: bool, on_task: Any = None) -> dict[s
     suites = [*dict.fromkeys(entry.suite.name for entry in TASKS.values()), CUSTOM.name]
     if suite is not None and suite not in suites:
         raise ConfigError(f"--suite must be one of {', '.join(suites)}, got {suite!r}")
-    if suite == CUSTOM.name:
-        entries = [lookup(task) for task in custom_tasks()]
-    else:
-        entries = [entry for entry in TASKS.values() if suite in (None, entry.suite.name)]
+    names = custom_tasks() if suite == CUSTOM.name else [task for task, entry in TASKS.items() if suite in (None, entry.suite.name)]
     tasks = []
-    for entry in entries:
+    for name in names:
         if on_task is not None:
-            on_task(entry.spec.task)
+            on_task(name)
+        try:
+            entry = lookup(name)
+        except UnknownTask as error:  # a task of the user's own that cannot be made
+            tasks.append({**dict.fromkeys(_FIELDS), "task": name, "suite": suite, "installed": True, "ok": False, "error": str(error)})
+            continue
         tasks.append(_describe(entry) | (_check(entry) if check else {}))
     return {"schema": 1, "tasks": tasks}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from specmpc_cli.errors import ConfigError
-from specmpc_cli.files import write_whole
+from specmpc_cli.files import check_destination, write_whole
 from specmpc_cli.types import Decision
 from specmpc_cli.workflows.evaluate import Report, Row
 from specmpc_cli.workflows.plots import pareto_front, row_label
@@ -68,11 +68,7 @@ def check_page(path: Path) -> Path:
     """The path. Raises ConfigError where a page cannot be written there, before anything runs."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--report writes .html, got {path.name!r}")
-    if path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(
-            f"cannot write {path}: {'it is a folder' if path.is_dir() else f'there is no folder {path.parent}'}; choose another --report"
-        )
-    return path
+    return check_destination(path, "--report")
 
 
 def write_page(report: Report, path: Path, command: str, best: str | None = None) -> None:

@@ -6,20 +6,21 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from specmpc_cli.envs.adapter import TaskEnv
+from specmpc_cli.envs.registry import make_env
 from specmpc_cli.envs.rendering import INSTALL
 from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.errors import CannotRender, ConfigError
-from specmpc_cli.files import replacing
+from specmpc_cli.files import check_destination, replacing
 from specmpc_cli.types import Decision
 from specmpc_cli.workflows.acting import Mode, Way, Workbench
 from specmpc_cli.workflows.evaluate import Report
@@ -34,6 +35,7 @@ _GIF_EVERY, _GIF_SCALE = 2, 2
 # Colour-blind safe (Okabe and Ito): green, orange, vermilion; grey for actors without a gate.
 _COLOURS = {Decision.ACCEPT: (0, 158, 115), Decision.CORRECT: (230, 159, 0), Decision.REPLAN: (213, 94, 0)}
 _NO_GATE = (120, 120, 120)
+_SPECULATIVE = (Mode.NAIVE, Mode.CORRECTED, Mode.ADAPTIVE)
 
 
 def check_video(path: Path) -> Path:
@@ -42,13 +44,23 @@ def check_video(path: Path) -> Path:
         raise ConfigError(f"--video writes {' or '.join(FORMATS)}, got {path.name!r}")
     if path.suffix.lower() == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
         raise ConfigError("an mp4 needs imageio-ffmpeg; run: pip install 'specmpc[video]', or name a .gif, which needs nothing")
-    if path.is_dir():
-        raise ConfigError(f"--video must be a file, and {path} is a folder")
-    if not path.parent.is_dir():
-        raise ConfigError(f"cannot write {path}: there is no folder {path.parent}; create it, or choose another --video")
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"no permission to write to {path.parent}; choose another --video")
-    return path
+    return check_destination(path, "--video")
+
+
+def check_drawing(task: str) -> None:
+    """Draws one frame of the task. Raises CannotRender, with the reason, where this machine cannot."""
+    env = make_env(task)
+    try:
+        env.reset(seed=0)
+        _drawn(env)
+    finally:
+        env.close()
+
+
+def check_filming(ways: Sequence[Way]) -> None:
+    """Raises ConfigError where there is no way to film beside the baseline."""
+    if not any(way.mode in _SPECULATIVE for way in ways):
+        raise ConfigError("--video films a speculative way beside the baseline, and there is none; name --horizons above 1")
 
 
 def film(bench: Workbench, ways: Sequence[Way], episode: Episode, path: Path, on_step: Callable[[Transition], None] | None = None) -> None:
@@ -67,17 +79,16 @@ def film(bench: Workbench, ways: Sequence[Way], episode: Episode, path: Path, on
             recorder.envs.close()
         films.append(recorder.frames)
     with replacing(path) as beside:
-        write = _write_gif if path.suffix.lower() == ".gif" else _write_mp4
-        write(beside, list(_side_by_side(films)))
+        if path.suffix.lower() == ".gif":
+            _write_gif(beside, _side_by_side(films))
+        else:
+            _write_mp4(beside, _side_by_side(films), len(ways) * SIZE, SIZE + _CAPTION)
 
 
 def most_saving(ways: Sequence[Way], report: Report) -> Way:
     """The way that `compare` films beside the baseline: of those that plan at times, the one that saves most, then returns most."""
     rows = [(row["calls_saved"], row["return_mean"], way) for row, way in zip(report["rows"], ways, strict=True)]
-    candidates = [row for row in rows if row[2].mode not in (Mode.BASELINE, Mode.POLICY)]
-    if not candidates:
-        raise ConfigError("--video films a speculative way beside the baseline, and there is none; name --horizons above 1")
-    return max(candidates, key=lambda row: row[:2])[2]
+    return max((row for row in rows if row[2].mode in _SPECULATIVE), key=lambda row: row[:2])[2]
 
 
 @dataclass
@@ -87,7 +98,7 @@ class _Recorder:
     envs: VectorEnv
     label: str
     on_step: Callable[[Transition], None] | None = None
-    frames: list[np.ndarray] = field(default_factory=list)
+    frames: list[bytes] = field(default_factory=list)  # JPEG: raw ones of a long episode would fill gigabytes
     episode_return: float = 0.0
     calls: int = 0
 
@@ -98,7 +109,10 @@ class _Recorder:
         saved = 1 - self.calls / (transition.step + 1)
         name = Decision(decision).name.lower() if decision >= 0 else "no gate"
         lines = (f"{self.label}  ·  {name}", f"return {self.episode_return:.1f}  ·  {saved:.0%} of the calls saved")
-        self.frames.append(_captioned(_drawn(self.envs.envs[0]), lines, _COLOURS.get(Decision(decision)) if decision >= 0 else None))
+        colour = _COLOURS[Decision(decision)] if decision >= 0 else _NO_GATE
+        jpeg = io.BytesIO()
+        _captioned(_drawn(self.envs.envs[0]), lines, colour).save(jpeg, format="JPEG", quality=95)
+        self.frames.append(jpeg.getvalue())
         if self.on_step is not None:
             self.on_step(transition)
 
@@ -107,34 +121,35 @@ def _drawn(env: TaskEnv) -> np.ndarray:
     # Drivers and simulators fail to draw in many ways; all of them mean the same to the user.
     try:
         return env.render(SIZE, SIZE)
+    except CannotRender:
+        raise
     except Exception as error:  # noqa: BLE001
         reason = " ".join(str(error).split()) or type(error).__name__
         task = env.task_spec.task
         raise CannotRender(f"this machine cannot draw {task} ({reason}); without a screen MuJoCo needs EGL or OSMesa, {INSTALL}") from None
 
 
-def _captioned(frame: np.ndarray, lines: tuple[str, str], colour: tuple[int, int, int] | None) -> np.ndarray:
+def _captioned(frame: np.ndarray, lines: tuple[str, str], colour: tuple[int, int, int]) -> Image.Image:
     """The frame with two lines of text below it, on a strip whose edge has the decision's colour."""
     image = Image.new("RGB", (SIZE, SIZE + _CAPTION), (24, 24, 24))
     image.paste(Image.fromarray(frame), (0, 0))
     draw = ImageDraw.Draw(image)
-    draw.rectangle((0, SIZE, SIZE, SIZE + 5), fill=colour or _NO_GATE)
+    draw.rectangle((0, SIZE, SIZE, SIZE + 5), fill=colour)
     for number, line in enumerate(lines):
         draw.text((8, SIZE + 9 + 20 * number), line, font=ImageFont.load_default(15), fill=(240, 240, 240))
-    return np.asarray(image)
+    return image
 
 
-def _side_by_side(films: Sequence[Sequence[np.ndarray]]) -> Iterator[np.ndarray]:
+def _side_by_side(films: Sequence[Sequence[bytes]]) -> Iterator[np.ndarray]:
     shown = [film[0] for film in films]
     for frames in zip_longest(*films):
         shown = [last if frame is None else frame for frame, last in zip(frames, shown, strict=True)]
-        yield np.concatenate(shown, axis=1)
+        yield np.concatenate([np.asarray(Image.open(io.BytesIO(frame))) for frame in shown], axis=1)
 
 
-def _write_mp4(path: Path, frames: list[np.ndarray]) -> None:
+def _write_mp4(path: Path, frames: Iterator[np.ndarray], width: int, height: int) -> None:
     import imageio_ffmpeg
 
-    height, width = frames[0].shape[:2]
     writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=_FPS, macro_block_size=2, output_params=["-f", "mp4"])
     writer.send(None)
     for frame in frames:
@@ -142,7 +157,7 @@ def _write_mp4(path: Path, frames: list[np.ndarray]) -> None:
     writer.close()
 
 
-def _write_gif(path: Path, frames: list[np.ndarray]) -> None:
-    images = [Image.fromarray(frame).reduce(_GIF_SCALE) for frame in frames[::_GIF_EVERY]]
+def _write_gif(path: Path, frames: Iterator[np.ndarray]) -> None:
+    images = (Image.fromarray(frame).reduce(_GIF_SCALE) for frame in islice(frames, 0, None, _GIF_EVERY))
     first, *rest = [image.quantize(64, dither=Image.Dither.NONE) for image in images]
     first.save(path, format="GIF", save_all=True, append_images=rest, duration=1000 * _GIF_EVERY // _FPS, loop=0, optimize=True)

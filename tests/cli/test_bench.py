@@ -10,7 +10,7 @@ from specmpc_cli.runtime import choose_runtime
 from specmpc_cli.workflows.benchmark import WHAT, benchmark, machine_name
 from tests.cli.conftest import Command
 
-ROW = {"what", "size", "batch", "ours_ms", "plain_ms", "ratio", "floor_ms", "gflop", "pairs"}
+ROW = {"what", "size", "batch", "ours_ms", "plain_ms", "ratio", "floor_ms", "gflop", "pairs", "compiled"}
 
 
 @pytest.fixture(autouse=True)

@@ -77,6 +77,7 @@ def test_a_custom_task_goes_through_the_pipeline(folder: Path, command: Command)
 
 
 def test_an_entry_point_names_a_task_and_only_the_custom_suite_lists_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(folder)  # as if it were installed
     found = [EntryPoint("my-arm", "balance:make", "specmpc.tasks")]
     for module in (registry, custom):
         monkeypatch.setattr(module, "entry_points", lambda group: found)
@@ -89,7 +90,7 @@ def test_an_entry_point_names_a_task_and_only_the_custom_suite_lists_it(folder: 
 BROKEN = {
     "nothing": ("x = 1", "AttributeError"),
     "raises": ("def make():\n    raise RuntimeError('no\\nlicence')", "RuntimeError: no licence"),
-    "no-env": ("def make():\n    return 7", "must give a gymnasium.Env, and make() gave a int"),
+    "no-env": ("def make():\n    return 7", "must give a gymnasium.Env, and it gave a int"),
     "discrete": ("import gymnasium\ndef make():\n    return gymnasium.make('CartPole-v1')", "needs a Box action space with finite bounds"),
     "endless": ("import gymnasium\ndef make():\n    return gymnasium.make('Pendulum-v1').unwrapped", "has no time limit"),
 }
@@ -101,6 +102,32 @@ def test_what_a_custom_task_lacks_is_said_in_one_line(folder: Path, kind: str, c
     name = f"broken_{kind.replace('-', '_')}"
     (folder / f"{name}.py").write_text(code)
     assert message in command.fails("collect", "--task", f"{name}:make")
+
+
+def test_success_may_be_told_at_the_end_only(folder: Path) -> None:
+    (folder / "late.py").write_text(EXAMPLE.replace('{"success": abs(self.angle) < 0.1}', "{}"))
+    env = make_env("late:make")
+    env.reset(seed=0)
+    assert env.step(np.zeros(1, np.float32))[4]["success"] is False
+    env.close()
+
+
+def test_a_broken_package_does_not_hide_the_other_tasks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(folder)
+    found = [EntryPoint(name, value, "specmpc.tasks") for name, value in (("bad", "gone:make"), ("good", "balance:make"))]
+    found.append(EntryPoint("walker-walk", "balance:make", "specmpc.tasks"))  # a built-in task keeps its name
+    for module in (registry, custom):
+        monkeypatch.setattr(module, "entry_points", lambda group: found)
+    bad, good = list_tasks("custom", check=True)["tasks"]
+    assert (bad["task"], bad["ok"]) == ("bad", False) and "No module named 'gone'" in bad["error"]
+    assert (good["task"], good["ok"]) == ("good", True)
+    assert lookup("walker-walk").suite.name == "dmcontrol"
+
+
+def test_a_module_in_the_current_folder_hides_no_other(folder: Path) -> None:
+    (folder / "statistics.py").write_text("raise RuntimeError('shadowed')")
+    lookup("balance:make")
+    assert sys.path[-1] == str(folder)
 
 
 def test_a_module_that_is_not_there(folder: Path) -> None:

@@ -36,7 +36,7 @@ def test_the_embedded_teacher_can_be_exported(command: Command, tmp_path: Path) 
 
 
 def test_exports_that_cannot_be_written_are_refused_and_leave_nothing(with_teacher: Command, tmp_path: Path) -> None:
-    assert f"try --out {tmp_path / 'pointmass.pt'}" in with_teacher.fails("export", "--out", str(tmp_path))
+    assert "--out must be a file" in with_teacher.fails("export", "--out", str(tmp_path))
     (tmp_path / "file").write_text("in the way")
     assert "choose another --out" in with_teacher.fails("export", "--out", str(tmp_path / "file" / "x.pt"))
     assert "there is no teacher for dog-run" in with_teacher.fails("export", "--task", "dog-run", "--out", str(tmp_path / "d.pt"))

@@ -63,6 +63,19 @@ def test_replays_see_new_inputs_and_leave_earlier_results_alone(captured: tuple[
         assert float(result.total) == 3 * number + 3 and torch.equal(result.doubled, torch.full((3,), 2.0 * number))
 
 
+def test_what_cannot_be_captured_is_called_for_good(captured: tuple[CapturedCall, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    call, events = captured
+
+    def failing(graph: object) -> contextlib.AbstractContextManager[None]:
+        events.append("capture")
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", failing)
+    with pytest.warns(UserWarning, match="not captured in a CUDA graph"):
+        results = [float(call(*inputs(number)).total) for number in range(5)]
+    assert results == [3 * number + 3 for number in range(5)] and events == ["capture"]
+
+
 def test_off_cuda_it_only_calls() -> None:
     call = CapturedCall(work, enabled=False)
     for number in range(5):

@@ -13,8 +13,10 @@ import torch
 
 from specmpc_cli import runtime
 from specmpc_cli.engine.batched_planner import BatchedPlanner
+from specmpc_cli.engine.captured import EAGER_CALLS
 from specmpc_cli.engine.compiled import batch_sizes_for, compiled_judge, compiled_kernels, judge_for, kernels_for
-from specmpc_cli.engine.correctors import CorrectorDims, build_corrector
+from specmpc_cli.engine.correctors import CORRECTORS, CorrectorDims, build_corrector
+from specmpc_cli.engine.draws import device_draws
 from specmpc_cli.engine.gate import GateRule, limits_of
 from specmpc_cli.engine.planner import EAGER, PlannerSettings
 from specmpc_cli.engine.runner import judge
@@ -38,10 +40,11 @@ def test_compiled_and_eager_plans_agree(num_q: int) -> None:
 
 
 @pytest.mark.compiler
-def test_the_compiled_step_decides_what_the_eager_one_does_under_any_rule() -> None:
+@pytest.mark.parametrize("arch", CORRECTORS)
+def test_the_compiled_step_decides_what_the_eager_one_does_under_any_rule(arch: str) -> None:
     """Compiled once: other thresholds and horizons are data, not code."""
     model = make_model()
-    corrector = build_corrector("two-tower", CorrectorDims(16, 2, 32, 4)).requires_grad_(False).eval()
+    corrector = build_corrector(arch, CorrectorDims(16, 2, 32, 4)).requires_grad_(False).eval()
     with torch.no_grad():
         corrector.head.weight.normal_(std=0.1)
     compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -64,13 +67,25 @@ def test_the_compiled_step_decides_what_the_eager_one_does_under_any_rule() -> N
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations + 1
 
 
+def test_a_cpu_judges_a_row_the_same_whatever_shares_the_batch() -> None:
+    model = make_model()
+    corrector = build_corrector("temporal", CorrectorDims(16, 2, 32, 4)).requires_grad_(False).eval()
+    judged = judge_for(runtime.Runtime(torch.device("cpu"), torch.float32, False, 1))
+    seen = (torch.randn(9, 4), torch.rand(9, 16), torch.rand(9, 2), torch.arange(9), torch.rand(9, 4, 50), torch.zeros(9, dtype=torch.bool))
+    limits = limits_of(GateRule(6), torch.device("cpu"))
+    together = judged(model, corrector, "l2", limits, *seen)
+    for row in range(9):
+        alone = judged(model, corrector, "l2", limits, *(value[row : row + 1] for value in seen))
+        assert all(torch.equal(a, b[row : row + 1]) for a, b in zip(alone, together, strict=True))
+
+
 def test_without_a_compiler_planning_is_eager_with_one_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("SPECMPC_COMPILE", "1")
     chosen = runtime.choose_runtime("cpu", "fp32")
     assert not chosen.compiled and len(chosen.notes) == 1 and "no C++ compiler" in chosen.notes[0]
-    assert kernels_for(chosen) is EAGER and judge_for(chosen) is judge
+    assert kernels_for(chosen) is EAGER
 
 
 @pytest.mark.parametrize("lacking", ["g++", "Python.h"])
@@ -110,13 +125,19 @@ def test_a_gpu_plans_many_rows_at_once_and_a_cpu_one() -> None:
 
 
 @pytest.mark.gpu
-def test_plans_on_a_gpu_agree_with_the_cpu() -> None:
-    model = make_model()
-    z, warm, keys = model.encode(torch.randn(5, 4)), torch.zeros(5, 3, 2), (torch.arange(5), torch.arange(5))
-    on_cpu = BatchedPlanner(model, SMALL)(z, warm, *keys)
-    moved = make_model().cuda()
-    on_gpu = BatchedPlanner(moved, SMALL, batch_sizes=(1, 4))(z.cuda(), warm.cuda(), *keys)
-    torch.testing.assert_close(on_cpu.mean, on_gpu.mean.cpu(), rtol=0, atol=1e-3)
+def test_captured_plans_on_a_gpu_are_the_eager_ones() -> None:
+    """Before and after the capture, for both batch sizes, and after new weights were taken over."""
+    model = make_model().cuda()
+    z, warm = model.encode(torch.randn(5, 4).cuda()), torch.zeros(5, 3, 2).cuda()
+    captured = BatchedPlanner(model, SMALL, batch_sizes=(1, 4), draws=device_draws)
+    for number in range(EAGER_CALLS + 3):
+        keys = torch.arange(5).cuda(), torch.full((5,), number).cuda()
+        if number == EAGER_CALLS + 2:
+            with torch.no_grad():
+                model.reward_net[0].weight.mul_(1.5)
+            captured.refresh()
+        fresh = BatchedPlanner(model, SMALL, batch_sizes=(1, 4), draws=device_draws)  # never called often enough to capture
+        torch.testing.assert_close(captured(z, warm, *keys).mean, fresh(z, warm, *keys).mean, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("given", [None, "elsewhere"])

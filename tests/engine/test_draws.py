@@ -80,6 +80,17 @@ def test_two_different_heads_all_equally_likely(draws: Draws, num_q: int) -> Non
         assert (counts - 1 / num_q).abs().max() < 5 * (0.25 / len(index)) ** 0.5
 
 
+@pytest.mark.parametrize("word", [0, 0xFFFFFFFF])
+def test_the_extreme_words_give_finite_draws(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def constant(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (torch.full_like(counter[0], word),) * 4
+
+    monkeypatch.setattr("specmpc_cli.engine.draws.philox4x32", constant)
+    made = some(device_draws, [1], [1])
+    assert (made.exponential > 0).all() and torch.isfinite(made.exponential).all() and torch.isfinite(made.sample_eps).all()
+    assert ((made.q_index >= 0) & (made.q_index < 5)).all() and (made.q_index[..., 0] != made.q_index[..., 1]).all()
+
+
 @pytest.mark.compiler
 def test_compiled_device_draws_are_the_same_draws() -> None:
     eager, compiled = some(device_draws, [7], [11]), some(compiled_draws(), [7], [11])

@@ -178,7 +178,7 @@ def make_task_set_learner() -> Learner:
     torch.manual_seed(0)
     model = WorldModel(WorldModelDims(4, 2, 16, 24, 24, 2, num_q=3, num_tasks=4, task_dim=5))
     model.action_masks[1, 1] = 0.0  # the second task has one action dimension
-    return Learner(model, LossSettings((0.9, 0.95, 0.97, 0.99)), LearnerSettings(), choose_runtime("cpu", "fp32"), seed=0)
+    return Learner(model, LossSettings(0.0), LearnerSettings(), choose_runtime("cpu", "fp32"), seed=0, discounts=(0.9, 0.95, 0.97, 0.99))
 
 
 def test_a_task_set_is_learned_task_by_task() -> None:
@@ -223,8 +223,8 @@ def test_a_task_set_continues_bit_for_bit() -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_captured_updates_on_a_gpu_are_the_eager_ones(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The keyed draws are the same, so weights agree; also when a training continues and must warm up again before the capture."""
-    monkeypatch.setattr("specmpc_cli.learning.learner._EAGER_UPDATES", 10**9)
-    batches = [Batch(*(value.cuda() for value in make_batch(number))) for number in range(8)]
+    monkeypatch.setattr("specmpc_cli.engine.captured.EAGER_CALLS", 10**9)
+    batches = [Batch(*(value.cuda() for value in make_batch(number) if value is not None)) for number in range(8)]
     eager = Learner(make_model(num_q=3), LossSettings(0.97), LearnerSettings(), choose_runtime("cuda", dtype), seed=0)
     for batch in batches[:4]:
         eager.update(batch)
@@ -236,7 +236,18 @@ def test_captured_updates_on_a_gpu_are_the_eager_ones(dtype: str, monkeypatch: p
     captured.load_state_dict(state, updates=4)
     for batch in batches[4:]:
         captured.update(batch)
-    assert captured._captured is not None
+    assert captured._call._graph is not None
     expected, found = eager.state_dict(), captured.state_dict()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5 if dtype == "fp32" else 1e-3, msg=name)
+
+
+@pytest.mark.gpu
+def test_a_task_sets_updates_are_captured_too() -> None:
+    torch.manual_seed(0)
+    model = WorldModel(WorldModelDims(4, 2, 16, 24, 24, 2, num_q=3, num_tasks=4, task_dim=5))
+    runtime = choose_runtime("cuda", "fp32")
+    learner = Learner(model, LossSettings(0.0), LearnerSettings(), runtime, seed=0, discounts=(0.9, 0.95, 0.97, 0.99))
+    on_gpu = [value.cuda() for value in make_batch() if value is not None]
+    losses = [float(learner.update(Batch(*on_gpu, TASKS.cuda())).total_loss) for _ in range(6)]
+    assert learner._call._graph is not None and losses[-1] < losses[0]

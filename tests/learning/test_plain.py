@@ -55,3 +55,10 @@ def test_updates_agree(num_q: int, episodic: bool) -> None:
     torch.testing.assert_close(
         plain.model.decode(plain.model.reward_logits(z, action)).squeeze(-1), model.reward(z, action), rtol=1e-3, atol=1e-3
     )
+
+
+def test_only_the_learning_heads_drop_features() -> None:
+    """The official code keeps the target heads in evaluation mode."""
+    plain = PlainModel(make_model(num_q=3), dropout=0.5).train()
+    x = torch.rand(7, 18)
+    assert torch.equal(plain.q_target(x), plain.q_target(x)) and not torch.equal(plain.q(x), plain.q(x))
