@@ -47,7 +47,9 @@ class Page(HTMLParser):
 def page(pipeline: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "out.html"
     arguments = ("--horizons", "3,5", "--episodes", "4", "--max-return-loss", "0.5", "--report", str(out))
-    result = pipeline("compare", *arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["specmpc", "compare", *arguments])  # as the console script sees it
+        result = pipeline("compare", *arguments)
     assert result.code == 0 and f"report:  {out}" in result.out, result.err
     return out
 
@@ -58,7 +60,9 @@ def test_the_page_holds_every_row_chart_and_setting(page: Path) -> None:
     ways = ["baseline", "policy", "naive 3", "naive 5", "corrected 3 (two-tower)", "corrected 5 (temporal)"]
     assert all(way in parsed.texts for way in ways)
     assert "pointmass" in parsed.texts and any("chosen on 2 episodes for at most 50.0% lost return" in part for part in parsed.texts)
-    assert any('"num_samples": 32' in part for part in parsed.texts) and any(part.startswith("specmpc ") for part in parsed.texts)
+    assert any('"num_samples": 32' in part for part in parsed.texts) and any(
+        part.startswith("specmpc compare --horizons 3,5 ") for part in parsed.texts
+    )
     charts = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     assert len(charts) == 1 + 2 + 6  # the front, two by age, one per speculative way
     for chart in charts:
