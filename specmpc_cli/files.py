@@ -43,12 +43,11 @@ def make_folder(folder: Path) -> None:
         raise StoreError(f"cannot create {folder}: {error.strerror or error}; choose another --store") from None
 
 
-def check_destination(path: Path, option: str) -> Path:
-    """The path, which an option named. Raises ConfigError where no file can be written there, before the work that would fill it."""
+def check_destination(path: Path, option: str) -> None:
+    """Raises ConfigError where no file can be written to the path that an option named, before the work that would fill it."""
     if path.is_dir():
         raise ConfigError(f"{option} must be a file, and {path} is a folder")
     if not path.parent.is_dir():
         raise ConfigError(f"cannot write {path}: there is no folder {path.parent}; create it, or choose another {option}")
     if not os.access(path.parent, os.W_OK):
         raise ConfigError(f"no permission to write to {path.parent}; choose another {option}")
-    return path

@@ -58,7 +58,7 @@ def eval_(
     out = output_for(common)
     options = {"horizon": horizon, "arch": arch, "accept_below": accept_below, "replan_above": replan_above}
     check_way(mode, **options)
-    prepare_filming(out, video, task, common.store, common.name)
+    prepare_filming(common, out, video, task)
     store, bench = open_store(common, out, task, preset, set_)
     way = choose_way(store, bench, mode, **options)
     if way.corrector is not None:
@@ -109,7 +109,7 @@ def compare(
         check_page(report_page)
     if max_return_loss is not None:
         check_loss(max_return_loss, episodes)
-    prepare_filming(out, video, task, common.store, common.name)
+    prepare_filming(common, out, video, task)
     store, bench = open_store(common, out, task, preset, set_)
     ways = ways_of(bench, steps, matching_correctors(out, store, bench, archs))
     if video:

@@ -110,7 +110,7 @@ def _prepare(out: Output, what: str, duration: str, prepare: Callable[[], str | 
     out.note(f"{what} ready after {time.perf_counter() - started:.0f} s")
 
 
-def prepare_filming(out: Output, video: Path | None, task: str | None, store: Path, name: str) -> None:
+def prepare_filming(common: Common, out: Output, video: Path | None, task: str | None) -> None:
     """Checks where a video is to go, settles how it is drawn before any simulator is imported, and draws one frame."""
     if video is None:
         return
@@ -120,7 +120,7 @@ def prepare_filming(out: Output, video: Path | None, task: str | None, store: Pa
 
     check_video(video)
     backend = choose_backend()
-    check_drawing(Store(store, task, name).task)
+    check_drawing(Store(common.store, task, common.name).task)
     out.note(f"video: drawn with {backend} (MUJOCO_GL chooses another: egl, osmesa or glfw)")
 
 

@@ -6,6 +6,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from specmpc_cli.workflows.plots import computed_on
+
 Row = dict[str, Any]
 
 
@@ -60,8 +62,7 @@ def by_age_table(report: dict[str, Any], label: Any) -> Table:
 
 def benchmark_table(report: dict[str, Any]) -> Table:
     """Our path beside the plain one, and the arithmetic floor."""
-    compiled = "compiled" if report["compiled"] else "eager"
-    title = f"{report['machine']} · {report['device']}, {report['dtype']}, {compiled}, {report['threads']} threads"
+    title = f"{report['machine']} · {computed_on(report)}"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
     table.add_column("what", no_wrap=True)
     for name in ("size", "batch", "ours ms", "plain ms", "ratio", "GFLOP", "floor ms", "ours / floor", "pairs"):
@@ -169,6 +170,4 @@ def _interval(interval: Sequence[float] | None, scale: float, unit: str) -> str:
 
 
 def _title(report: dict[str, Any]) -> str:
-    compiled = "compiled" if report["compiled"] else "eager"
-    place = f"{report['device']}, {report['dtype']}, {compiled}, {report['threads']} threads"
-    return f"{report['task']} · {report['episodes']} episodes, seed {report['seed']} · {place}"
+    return f"{report['task']} · {report['episodes']} episodes, seed {report['seed']} · {computed_on(report)}"

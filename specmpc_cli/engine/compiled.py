@@ -6,8 +6,9 @@ One MPPI iteration is the unit (not the unrolled plan): it compiles once per bat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,21 +21,25 @@ from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.runtime import Runtime, use_compile_cache
 from specmpc_cli.types import Corrector
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
 # Every size compiles once. A CPU is filled by one plan; a GPU wants many rows.
 CPU_BATCH_SIZES = (1,)
 CUDA_BATCH_SIZES = (1, 4, 16, 64)
 
 
-@cache
-def compiled_kernels() -> Kernels:
-    """The compiled kernels; compilation itself happens at their first call with a new shape."""
+def compiled(fn: _Function) -> _Function:
+    """The function, compiled at its first call for each new shape and model."""
     use_compile_cache()
     # Models of other sizes in one process are no reason to give up: each is compiled for its own shapes.
     torch._dynamo.config.recompile_limit = 256
-    return Kernels(
-        torch.compile(prior_actions, fullgraph=True, dynamic=False),
-        torch.compile(iterate, fullgraph=True, dynamic=False),
-    )
+    return cast(_Function, torch.compile(fn, fullgraph=True, dynamic=False))
+
+
+@cache
+def compiled_kernels() -> Kernels:
+    """The compiled kernels; compilation itself happens at their first call with a new shape."""
+    return Kernels(compiled(prior_actions), compiled(iterate))
 
 
 @cache
@@ -43,9 +48,7 @@ def compiled_judge() -> Judge:
 
     One row is a controller's step, where a hundred small operations cost more than the arithmetic.
     """
-    use_compile_cache()
-    torch._dynamo.config.recompile_limit = 256
-    with_corrector = torch.compile(judge, fullgraph=True, dynamic=False)
+    with_corrector = compiled(judge)
 
     def judge_row(model: WorldModel, corrector: Corrector | None, *seen: Any) -> Judgement:
         return (judge if corrector is None else with_corrector)(model, corrector, *seen)
@@ -90,8 +93,7 @@ def draws_for(runtime: Runtime) -> Draws:
 @cache
 def compiled_draws() -> Draws:
     """The device's draws, compiled."""
-    use_compile_cache()
-    return torch.compile(device_draws, fullgraph=True, dynamic=False)
+    return compiled(device_draws)
 
 
 def batch_sizes_for(runtime: Runtime) -> tuple[int, ...]:

@@ -55,6 +55,12 @@ def model_size(dims: WorldModelDims) -> int | None:
     return next((size for size, values in MODEL_SIZES.items() if all(getattr(dims, k) == v for k, v in values.items())), None)
 
 
+def within_unit_ball(x: Tensor) -> Tensor:
+    """Vectors [..., D], scaled down to a norm of 1 at most; the scale is a constant to gradients."""
+    norm = x.detach().norm(dim=-1, keepdim=True)
+    return x * torch.where(norm > 1, 1 / (norm + 1e-7), 1.0)
+
+
 class QEnsemble(nn.Module):
     """`num_q` value heads with stacked weights: [z, a] → bin logits."""
 
@@ -131,11 +137,9 @@ class WorldModel(nn.Module):
         return torch.cat([x, self._embedding_of(task).expand(*x.shape[:-1], -1)], dim=-1)
 
     def _embedding_of(self, task: Tensor) -> Tensor:
-        """Embeddings [..., D], scaled down to a norm of 1 at most, as the official nn.Embedding(max_norm=1) looks them up."""
+        """Embeddings [..., D], as the official nn.Embedding(max_norm=1) looks them up."""
         assert self.task_emb is not None
-        embedding = self.task_emb(task)
-        norm = embedding.detach().norm(dim=-1, keepdim=True)
-        return embedding * torch.where(norm > 1, 1 / (norm + 1e-7), 1.0)
+        return within_unit_ball(self.task_emb(task))
 
     def mask_action(self, x: Tensor, task: Tensor | None) -> Tensor:
         """x [..., B, A] with zeros in the action dimensions that its rows' tasks do not have."""

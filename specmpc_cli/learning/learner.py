@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from specmpc_cli.engine.captured import CapturedCall
-from specmpc_cli.engine.world_model import WorldModel
+from specmpc_cli.engine.compiled import compiled
+from specmpc_cli.engine.world_model import WorldModel, within_unit_ball
 from specmpc_cli.learning.losses import Batch, LossSettings, ModelLoss, PolicyLoss, UpdateNoise, policy_loss, world_model_loss
-from specmpc_cli.runtime import Runtime, use_compile_cache
+from specmpc_cli.runtime import Runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +64,7 @@ EAGER_LOSSES = LossKernels(world_model_loss, policy_loss)
 @cache
 def compiled_losses() -> LossKernels:
     """The losses, compiled at their first call for each new shape."""
-    use_compile_cache()
-    return LossKernels(
-        torch.compile(world_model_loss, fullgraph=True, dynamic=False),
-        torch.compile(policy_loss, fullgraph=True, dynamic=False),
-    )
+    return LossKernels(compiled(world_model_loss), compiled(policy_loss))
 
 
 class Learner:
@@ -259,8 +256,7 @@ class TaskEmbedding:
         """Scales the rows of these tasks [B] down to a norm of 1 at most, as looking them up does in nn.Embedding(max_norm=1)."""
         assert task is not None, "a model of a task set learns from batches that name the task"
         looked_up = torch.zeros(len(self._weight), 1, dtype=torch.bool, device=task.device).index_fill_(0, task, True)
-        norm = self._weight.norm(dim=1, keepdim=True)
-        self._weight.copy_(torch.where(looked_up & (norm > 1), self._weight / (norm + 1e-7), self._weight))
+        self._weight.copy_(torch.where(looked_up, within_unit_ball(self._weight), self._weight))
 
     def restore_gradient(self) -> None:
         self._weight.grad = self.carried.clone()

@@ -8,14 +8,13 @@ from __future__ import annotations
 import copy
 import platform
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from specmpc_cli.config.schema import CorrectorConfig, PlannerConfig, TrainConfig
@@ -92,11 +91,11 @@ def benchmark(
         if on_prepare:
             on_prepare(size)
         subject = Subject(size, runtime)
-        problem = subject.prepare(what)
+        cases, problem = subject.prepare(what)
         if problem:
             runtime = subject.runtime
             notes.append(problem)
-        for case in subject.cases(what):
+        for case in cases:
             row = measure(case, runtime, peaks[case.what], _SECONDS if seconds is None else seconds)
             rows.append(row)
             if on_row:
@@ -168,10 +167,11 @@ class Subject:
         action = torch.rand(*shape, d.action_dim, device=device) * 2 - 1
         return Batch(obs, action, torch.randn(shape, device=device), torch.zeros(shape, device=device))
 
-    def prepare(self, what: Sequence[str]) -> str | None:
-        """Runs our path of each once, which compiles what will be compiled; → what went wrong, if this machine cannot compile."""
+    def prepare(self, what: Sequence[str]) -> tuple[list[Case], str | None]:
+        """The rows of this size, our path of each run once, which compiles what will be compiled; and what went wrong, if that fails."""
+        cases = self._cases(what)
         try:
-            for case in self.cases(what):
+            for case in cases:
                 case.ours()
         except COMPILER_ERRORS as error:
             if not self.runtime.compiled:
@@ -179,15 +179,14 @@ class Subject:
             self.runtime = replace(self.runtime, compiled=False)
             self._planner = make_planner(self.model, PlannerConfig(), self._spec, self.runtime)
             self.__dict__.pop("_learner", None)
-            return f"compiling failed, so our path is timed eagerly: {str(error).strip().splitlines()[0]}"
-        return None
+            problem = f"compiling failed, so our path is timed eagerly: {str(error).strip().splitlines()[0]}"
+            return self._cases(what), problem
+        return cases, None
 
-    def cases(self, what: Sequence[str]) -> Iterator[Case]:
-        """The rows of this size, in the order of WHAT."""
+    def _cases(self, what: Sequence[str]) -> list[Case]:
+        """In the order of WHAT."""
         makers = {"plan": self._plan_case, "batch": self._batch_case, "update": self._update_case, "step": self._step_case}
-        for one in WHAT:
-            if one in what:
-                yield makers[one]()
+        return [makers[one]() for one in WHAT if one in what]
 
     def _plan_case(self) -> Case:
         return self._planning("plan", 1)
@@ -292,13 +291,9 @@ def peak_gflops(device: torch.device, dtype: torch.dtype) -> float:
     watch, times = Stopwatch(device), []
     for _ in range(7):
         watch.start()
-        _product(a)
+        torch.mm(a, a)
         times.append(watch.stop_ms())
     return 2 * size**3 / 1e6 / min(times[2:])
-
-
-def _product(a: Tensor) -> Tensor:
-    return a @ a
 
 
 def machine_name(device: torch.device) -> str:

@@ -44,6 +44,12 @@ def row_label(row: Row) -> str:
     return f"{row['mode']}{horizon}{corrector}"
 
 
+def computed_on(report: dict[str, Any]) -> str:
+    """`cpu, fp32, compiled, 2 threads`, of any report that says how it was computed."""
+    compiled = "compiled" if report["compiled"] else "eager"
+    return f"{report['device']}, {report['dtype']}, {compiled}, {report['threads']} threads"
+
+
 def row_kind(row: Row) -> str:
     """`corrected (two-tower)`: what rows of all horizons have in common."""
     return row_label({**row, "horizon": ""}).replace("  ", " ").strip()

@@ -12,7 +12,7 @@ from specmpc_cli.errors import ConfigError
 from specmpc_cli.files import check_destination, write_whole
 from specmpc_cli.types import Decision
 from specmpc_cli.workflows.evaluate import Report, Row
-from specmpc_cli.workflows.plots import pareto_front, row_label
+from specmpc_cli.workflows.plots import computed_on, pareto_front, row_label
 from specmpc_cli.workflows.svg import Chart
 
 _COLUMNS = (
@@ -64,11 +64,11 @@ pre { overflow-x: auto; font-size: .8rem; padding: .7rem; border: 1px solid var(
 )
 
 
-def check_page(path: Path) -> Path:
-    """The path. Raises ConfigError where a page cannot be written there, before anything runs."""
+def check_page(path: Path) -> None:
+    """Raises ConfigError where a page cannot be written there, before anything runs."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--report writes .html, got {path.name!r}")
-    return check_destination(path, "--report")
+    check_destination(path, "--report")
 
 
 def write_page(report: Report, path: Path, command: str, best: str | None = None) -> None:
@@ -112,9 +112,7 @@ def write_page(report: Report, path: Path, command: str, best: str | None = None
 
 
 def _subtitle(report: Report) -> str:
-    compiled = "compiled" if report["compiled"] else "eager"
-    where = f"{report['device']}, {report['dtype']}, {compiled}, {report['threads']} threads"
-    return f"{report['episodes']} episodes, seed {report['seed']} · {where} · {report['date']}"
+    return f"{report['episodes']} episodes, seed {report['seed']} · {computed_on(report)} · {report['date']}"
 
 
 def _table(report: Report) -> str:

@@ -38,13 +38,13 @@ _NO_GATE = (120, 120, 120)
 _SPECULATIVE = (Mode.NAIVE, Mode.CORRECTED, Mode.ADAPTIVE)
 
 
-def check_video(path: Path) -> Path:
-    """The path. Raises ConfigError for an unknown format or a place that cannot be written, before anything runs."""
+def check_video(path: Path) -> None:
+    """Raises ConfigError for an unknown format or a place that cannot be written, before anything runs."""
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(f"--video writes {' or '.join(FORMATS)}, got {path.name!r}")
     if path.suffix.lower() == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
         raise ConfigError("an mp4 needs imageio-ffmpeg; run: pip install 'specmpc[video]', or name a .gif, which needs nothing")
-    return check_destination(path, "--video")
+    check_destination(path, "--video")
 
 
 def check_drawing(task: str) -> None:
