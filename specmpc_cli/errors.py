@@ -29,6 +29,10 @@ class DatasetError(SpecMPCError):
     """A dataset that is missing, foreign, damaged or of another teacher."""
 
 
+class CalibrationFailed(SpecMPCError):
+    """No gate keeps the promise about return that was asked for."""
+
+
 class ActionNotFinite(SpecMPCError):
     """An actor whose action is not a number: its weights are damaged or diverged."""
 

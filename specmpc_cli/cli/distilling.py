@@ -4,12 +4,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from specmpc_cli.cli.console import Output
 from specmpc_cli.cli.options import Common, PresetOption, SetOption, TaskOption, common_options
-from specmpc_cli.cli.session import open_store, output_for, prepare_acting
+from specmpc_cli.cli.session import envs_for, open_store, output_for, prepare_acting
 
 if TYPE_CHECKING:
     from specmpc_cli.data.shards import Shard
     from specmpc_cli.learning.corrector_fit import Epoch
+    from specmpc_cli.workflows.acting import Workbench
+    from specmpc_cli.workflows.calibrate import Calibration
+    from specmpc_cli.workflows.fit_corrector import Fitted
     from specmpc_cli.workflows.store import FittedCorrector
 
 
@@ -80,21 +84,28 @@ def fit_corrector(
     task: TaskOption = None,
     arch: Annotated[list[str] | None, typer.Option(help="two-tower or temporal; repeatable, both if left out.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Most passes over the data.")] = None,
+    max_return_loss: Annotated[
+        float | None, typer.Option(help="Calibrate the gate: save what can be saved within this share of lost return.")
+    ] = None,
+    calibrate_episodes: Annotated[int, typer.Option(help="Fresh episodes that must keep the promise of --max-return-loss.")] = 20,
     preset: PresetOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Distil the planner into a corrector."""
+    """Distil the planner into a corrector, and calibrate when it is to be trusted."""
     from dataclasses import asdict
 
     from specmpc_cli.cli.tables import fit_table
     from specmpc_cli.engine.correctors import CORRECTORS
     from specmpc_cli.workflows.acting import check_archs
+    from specmpc_cli.workflows.calibrate import check_promise
     from specmpc_cli.workflows.fit_corrector import fit, measure_label_noise, save
 
     out = output_for(common)
     archs = check_archs(list(dict.fromkeys(arch or CORRECTORS)))
     settings = [*(set_ or []), *([f"corrector.epochs={epochs}"] if epochs else [])]
     store, bench = open_store(common, out, task, preset, settings)
+    if max_return_loss is not None:
+        check_promise(max_return_loss, calibrate_episodes, bench.spec.has_success)
     shards = store.newest_dataset(bench.teacher)
     folder = shards[0].path.parent
     out.note(f"data: {folder} ({sum(shard.rows for shard in shards)} rows from {len(shards)} episodes)")
@@ -118,6 +129,12 @@ def fit_corrector(
     )
     for path in folders:
         out.say(f"{path.name}: {path}")
+    calibrated: dict[str, Calibration] = {}
+    if max_return_loss is not None:
+        calibrated = _calibrate(common, out, bench, fitted, max_return_loss, calibrate_episodes)
+        for one in fitted:
+            if one.network.arch in calibrated:
+                save(store, bench, one, noise, calibrated[one.network.arch])
     out.document(
         {
             "schema": 1,
@@ -133,8 +150,52 @@ def fit_corrector(
                     "planned_error": one.fit.planned_error,
                     "prior_error": one.fit.prior_error,
                     "curve": [asdict(line) for line in one.fit.curve],
+                    "calibration": calibrated[one.network.arch].as_json() if one.network.arch in calibrated else None,
                 }
                 for one, path in zip(fitted, folders, strict=True)
             ],
         }
     )
+
+
+def _calibrate(
+    common: Common, out: Output, bench: "Workbench", fitted: "list[Fitted]", max_return_loss: float, episodes: int
+) -> "dict[str, Calibration]":
+    """Gates by architecture, of the correctors that have one; says what was tried. Raises CalibrationFailed if none has."""
+    from specmpc_cli.cli.tables import calibration_table
+    from specmpc_cli.errors import CalibrationFailed
+    from specmpc_cli.workflows.calibrate import Calibrator
+    from specmpc_cli.workflows.fit_corrector import as_corrector
+
+    found: dict[str, Calibration] = {}
+    failures = []
+    with out.progress() as progress:
+        bar = progress.add_task("calibrating", total=None, state="env steps")
+        with Calibrator(
+            bench,
+            max_return_loss=max_return_loss,
+            episodes=episodes,
+            seed=common.seed,
+            num_envs=envs_for(episodes),
+            on_run=lambda what, count: progress.reset(bar, total=count * bench.spec.decisions, description=what),
+            on_step=lambda: progress.advance(bar),
+        ) as calibrator:
+            for one in fitted:
+                try:
+                    found[one.network.arch] = calibrator.calibrate(as_corrector(bench, one), one.shards)
+                except CalibrationFailed as failure:
+                    failures.append(str(failure))
+    for failure in failures if found else failures[1:]:
+        out.note(f"note: {failure}")
+    if not found:
+        raise CalibrationFailed(failures[0])
+    out.table(calibration_table(found))
+    for arch, calibration in found.items():
+        promise, audit = calibration.promise, calibration.audit
+        out.say(
+            f"{arch}: saves {promise.calls_saved:.1%} of the planner calls and keeps {promise.kept:.1%} of plain replanning, "
+            f"at least {promise.at_least:.1%}, on {promise.episodes} fresh episodes; {audit.share:.1%} of {audit.steps} compared steps "
+            f"were kept and wrong, and in nine new episodes of ten fewer than {audit.episode_bound:.1%} are"
+        )
+        out.note(f"{arch}: calibration took {calibration.planner_calls} planner calls and {calibration.seconds / 60:.1f} minutes")
+    return found

@@ -1,6 +1,6 @@
 """Reports as Rich tables. Knows the shape of reports, runs nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -104,6 +104,23 @@ def fit_table(fitted: Sequence[Any], noise: float) -> Table:
             f"{one.parameters / 1e6:.2f} M",
             sparkline([line.validation_error for line in fit.curve]),
         )
+    return table
+
+
+def calibration_table(calibrated: Mapping[str, Any]) -> Table:
+    """The gates that were tried on tune episodes, and those that kept their promise on fresh ones, by architecture."""
+    title = "gates in closed loop, paired with plain replanning"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    table.add_column("corrector", no_wrap=True)
+    table.add_column("a plan lives while", no_wrap=True)
+    for name in ("episodes", "calls saved", "kept", "at least", ""):
+        table.add_column(name, justify="right", no_wrap=True)
+    for arch, calibration in calibrated.items():
+        for kind, trials in (("tried", calibration.tuned), ("promised", [calibration.promise])):
+            for trial in trials:
+                shares = [percent(share, 1) for share in (trial.calls_saved, trial.kept, trial.at_least)]
+                style = "bold" if kind == "promised" else None
+                table.add_row(arch, trial.rule.label, str(trial.episodes), *shares, kind, style=style)
     return table
 
 

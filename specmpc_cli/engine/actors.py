@@ -42,7 +42,16 @@ class PlanlessActor(ABC):
     def act(self, obs: Tensor, state: StreamState, first: Tensor) -> tuple[Tensor, StreamState, StepLog]:
         zero = torch.zeros_like(first, dtype=torch.int64)
         none = torch.full(first.shape, torch.nan, device=first.device)
-        log = StepLog(zero - 1, zero + int(ReplanReason.NONE), zero, zero, none, torch.zeros_like(none), zero)
+        log = StepLog(
+            decision=zero - 1,
+            reason=zero + int(ReplanReason.NONE),
+            age=zero,
+            met_age=zero,
+            mismatch=none,
+            expected_error=torch.zeros_like(none),
+            correction_norm=torch.zeros_like(none),
+            planner_iterations=zero,
+        )
         return self.choose(obs, state), StreamState(state.stream, state.step + 1), log
 
 

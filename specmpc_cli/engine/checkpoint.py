@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from specmpc_cli.engine.correctors import CORRECTORS, BaseCorrector, CorrectorDims, build_corrector
-from specmpc_cli.engine.gate import METRICS
+from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.official import infer_dims, load_weights
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.errors import CheckpointError
@@ -51,35 +51,43 @@ def load_world_model(path: Path) -> tuple[WorldModel, str]:
     return model.requires_grad_(False).eval(), weights_sha256(state)
 
 
-def save_corrector(corrector: BaseCorrector, path: Path, *, teacher_sha256: str, gate: Mapping[str, Any]) -> str:
-    """Writes a corrector, in fp16, with the teacher it was distilled from and its gate.
+@dataclass(frozen=True, slots=True)
+class CorrectorFacts:
+    """What a corrector's file says beside its weights."""
 
-    The gate is {"metric", "accept_below", "replan_above", "calibrated"}.
-    """
+    teacher_sha256: str  # of the teacher it was distilled from
+    gate: GateRule  # its horizon: the env steps that an adaptive plan lives at most
+    calibrated: bool  # whether a promise about return stands behind the gate
+
+
+def save_corrector(corrector: BaseCorrector, path: Path, facts: CorrectorFacts) -> str:
+    """Writes a corrector, in fp16, and what is known about it."""
     metadata = {
         "kind": CORRECTOR_KIND,
-        "teacher_sha256": teacher_sha256,
+        "teacher_sha256": facts.teacher_sha256,
         "config": json.dumps(corrector.config()),
-        "gate": json.dumps(dict(gate)),
+        "gate": json.dumps({**asdict(facts.gate), "calibrated": facts.calibrated}),
     }
     return _save({name: tensor.half() for name, tensor in corrector.state_dict().items()}, path, metadata)
 
 
-def load_corrector(path: Path) -> tuple[BaseCorrector, dict[str, Any]]:
-    """A frozen corrector and its metadata {"teacher_sha256", "gate"}. Raises CheckpointError for a missing, damaged or foreign file."""
+def load_corrector(path: Path) -> tuple[BaseCorrector, CorrectorFacts]:
+    """A frozen corrector and what its file says. Raises CheckpointError for a missing, damaged or foreign file."""
     state, metadata = _load(path)
     _expect_kind(metadata, CORRECTOR_KIND, path)
     try:
         config, gate = json.loads(metadata["config"]), json.loads(metadata["gate"])
         arch = config.pop("arch")
-        if arch not in CORRECTORS or gate["metric"] not in METRICS:
+        if arch not in CORRECTORS:
             raise KeyError(arch)
+        calibrated = bool(gate.pop("calibrated"))
+        rule = GateRule(**gate)
         corrector = build_corrector(arch, CorrectorDims(**config))
         corrector.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{path} is not a corrector this version can read ({reason}); fit it again") from None
-    return corrector.requires_grad_(False).eval(), {"teacher_sha256": metadata.get("teacher_sha256", ""), "gate": gate}
+    return corrector.requires_grad_(False).eval(), CorrectorFacts(metadata.get("teacher_sha256", ""), rule, calibrated)
 
 
 def _save(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> str:

@@ -37,6 +37,9 @@ class GateRule:
 
     The defaults, before calibration, never fall back to the planner early: `naive` sets `accept_below` to infinity and always accepts,
     `corrected` leaves it at minus infinity and always corrects.
+
+    Raises:
+        ValueError: numbers that contradict each other, or an unknown metric.
     """
 
     horizon: int  # a plan is exhausted after this many env steps
@@ -46,9 +49,18 @@ class GateRule:
     metric: str = "l2"
 
     def __post_init__(self) -> None:
-        assert self.horizon >= 1
-        assert self.accept_below <= self.replan_above
-        assert self.metric in METRICS
+        if not (self.horizon >= 1 and self.accept_below <= self.replan_above and self.metric in METRICS):
+            raise ValueError(f"no such gate: {self}")
+
+    @property
+    def label(self) -> str:
+        """While what a plan lives: `at most 12 steps, l2 ≤ 0.83`."""
+        parts = [f"at most {self.horizon} steps"]
+        if self.replan_above < math.inf:
+            parts.append(f"{self.metric} ≤ {self.replan_above:.3g}")
+        if self.replan_above_error < math.inf:
+            parts.append(f"expected error ≤ {self.replan_above_error:.3g}")
+        return ", ".join(parts)
 
 
 class GateLimits(NamedTuple):

@@ -37,6 +37,7 @@ class Judgement(NamedTuple):
     history: Tensor  # [B, W, 3Z+A], this step included
     mismatch: Tensor  # [B] NaN on an episode's first step
     delta: Tensor  # [B, A] the corrector's proposal, 0 without one
+    expected_error: Tensor  # [B] how wrong it expects to be, 0 without one
     decision: Tensor  # [B]
     reason: Tensor  # [B]
 
@@ -66,7 +67,7 @@ def judge(
         history = torch.cat([history[:, 1:], entry.unsqueeze(1)], dim=1).masked_fill(first[:, None, None], 0.0)
         delta, expected_error = corrector(Visit(z, z_pred, planned, model.pi_mean(z), age, history))
     decision, reason = decide(mismatch, expected_error, age, first, limits)
-    return Judgement(z, z_pred, planned, history, mismatch, delta, decision, reason)
+    return Judgement(z, z_pred, planned, history, mismatch, delta, expected_error, decision, reason)
 
 
 Judge = Callable[..., Judgement]  # `judge`, or a compiled one (engine/compiled.py)
@@ -165,6 +166,7 @@ class SpeculativeRunner:
             age=age,
             met_age=state.age,
             mismatch=seen.mismatch,
+            expected_error=seen.expected_error,
             correction_norm=correction_norm,
             planner_iterations=(seen.decision == Decision.REPLAN) * self.planner.settings.iterations,
         )

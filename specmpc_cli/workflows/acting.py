@@ -118,7 +118,7 @@ class Workbench:
     def runner(self, way: Way) -> SpeculativeRunner:
         """The speculative runner of a way other than policy."""
         corrector = way.corrector
-        if corrector is not None and corrector.teacher_sha256 != self.teacher.sha256:
+        if corrector is not None and corrector.facts.teacher_sha256 != self.teacher.sha256:
             raise CheckpointError(f"the corrector in {corrector.path} was distilled from another teacher; fit one for this teacher")
         return SpeculativeRunner(
             self.model,
@@ -238,13 +238,14 @@ def adaptive_way(corrector: FittedCorrector, config: Config, accept_below: float
     Raises:
         ConfigError: neither a calibrated gate nor both thresholds, or thresholds in the wrong order.
     """
-    rule = corrector.rule(config.speculation.max_age)
-    if not corrector.calibrated and (accept_below is None or replan_above is None):
+    longest, calibrated = config.speculation.max_age, corrector.facts.calibrated
+    horizon = min(longest, corrector.facts.gate.horizon) if calibrated else longest
+    if not calibrated and (accept_below is None or replan_above is None):
         raise ConfigError(
             f"adaptive mode needs a gate, and the {corrector.arch} corrector in {corrector.path} carries no calibrated one; "
-            "give thresholds with --accept-below and --replan-above"
+            "calibrate one with 'specmpc fit-corrector --max-return-loss 0.02', or give thresholds with --accept-below and --replan-above"
         )
-    return Way(Mode.ADAPTIVE, config.speculation.max_age, corrector, with_thresholds(rule, accept_below, replan_above))
+    return Way(Mode.ADAPTIVE, horizon, corrector, with_thresholds(corrector.rule(horizon), accept_below, replan_above))
 
 
 def with_thresholds(rule: GateRule, accept_below: float | None, replan_above: float | None) -> GateRule:

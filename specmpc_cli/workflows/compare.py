@@ -31,7 +31,7 @@ def ways_of(bench: Workbench, horizons: Sequence[int], correctors: Sequence[Fitt
     ways = [Way(Mode.BASELINE, 1), Way(Mode.POLICY)]
     ways += [Way(Mode.NAIVE, horizon) for horizon in longer]
     ways += [Way(Mode.CORRECTED, horizon, corrector) for corrector in correctors for horizon in longer]
-    ways += [adaptive_way(corrector, bench.config, None, None) for corrector in correctors if corrector.calibrated]
+    ways += [adaptive_way(corrector, bench.config, None, None) for corrector in correctors if corrector.facts.calibrated]
     return ways
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from specmpc_cli.config.schema import PlannerConfig
 from specmpc_cli.data.shards import Shard, read_columns
+from specmpc_cli.engine.checkpoint import CorrectorFacts
 from specmpc_cli.engine.correctors import BaseCorrector, CorrectorDims, build_corrector
+from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.errors import DatasetError
 from specmpc_cli.learning.corrector_fit import (
     Epoch,
@@ -26,6 +26,7 @@ from specmpc_cli.learning.corrector_fit import (
 )
 from specmpc_cli.versions import versions
 from specmpc_cli.workflows.acting import Workbench
+from specmpc_cli.workflows.calibrate import Calibration
 from specmpc_cli.workflows.store import FittedCorrector, Store, timestamp
 
 NOISE_SAMPLE = 48  # states planned again to measure the label's noise
@@ -64,19 +65,23 @@ def fit(bench: Workbench, arch: str, shards: Sequence[Shard], *, seed: int, on_e
     return Fitted(network, report, list(shards), seed)
 
 
-def default_gate(bench: Workbench) -> dict[str, Any]:
-    """The gate of a corrector that is not calibrated: always correct, never fall back."""
-    return {"metric": bench.config.speculation.metric, "accept_below": -math.inf, "replan_above": math.inf, "calibrated": False}
+def uncalibrated(bench: Workbench) -> CorrectorFacts:
+    """Of a corrector of this teacher whose gate always corrects and never falls back."""
+    speculation = bench.config.speculation
+    return CorrectorFacts(bench.teacher.sha256, GateRule(speculation.max_age, metric=speculation.metric), calibrated=False)
 
 
 def as_corrector(bench: Workbench, fitted: Fitted) -> FittedCorrector:
     """A corrector to act with that lies in no store: collection's own, between two rounds."""
     folder = fitted.shards[0].path.parent
-    return FittedCorrector(fitted.network, bench.teacher.sha256, default_gate(bench), "memory", folder)
+    return FittedCorrector(fitted.network, uncalibrated(bench), "memory", folder)
 
 
-def save(store: Store, bench: Workbench, fitted: Fitted, noise: float) -> Path:
-    """Puts a fitted corrector into the store, with the data and settings that made it; → its folder."""
+def save(store: Store, bench: Workbench, fitted: Fitted, noise: float, calibration: Calibration | None = None) -> Path:
+    """Puts a fitted corrector into the store, with the data, settings and calibration that made it; → its folder."""
+    facts = uncalibrated(bench)
+    if calibration is not None:
+        facts = replace(facts, gate=calibration.promise.rule, calibrated=True)
     origin = {
         "made_by": "specmpc fit-corrector",
         "dataset": fitted.shards[0].path.parent.name,
@@ -88,9 +93,10 @@ def save(store: Store, bench: Workbench, fitted: Fitted, noise: float) -> Path:
         "versions": versions(),
         "label_noise": round(noise, 6),
         "validation_error": round(fitted.fit.best.validation_error, 6),
+        "calibration": calibration.as_json() if calibration else None,
     }
     config = {"corrector": bench.config.corrector.model_dump(), "origin": origin}
-    return store.save_corrector(fitted.network, bench.teacher, default_gate(bench), config, [asdict(line) for line in fitted.fit.curve])
+    return store.save_corrector(fitted.network, facts, config, [asdict(line) for line in fitted.fit.curve])
 
 
 def load_tuples(shards: Sequence[Shard], bench: Workbench) -> tuple[dict[str, np.ndarray], np.ndarray]:

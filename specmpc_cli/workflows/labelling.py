@@ -1,4 +1,4 @@
-"""Acting while labelling: an actor that plans at every step, for the label, whatever it then executes."""
+"""Acting while planning for other reasons: a label at every step (`Labeller`), or a comparison now and then (`Auditor`)."""
 
 from __future__ import annotations
 
@@ -74,3 +74,41 @@ class Labeller:
             warm_start=warm_start,
         )
         return action, LabellerState(after, fresh.mean), labelled
+
+
+AUDIT_EVERY = 7  # steps; shares no factor with the usual plan lengths, so that plans of all ages are compared
+
+
+@dataclass(frozen=True)
+class AuditedLog(StepLog):
+    """A step log that says, of some steps, how far the action lies from a fresh plan's."""
+
+    audited: Tensor  # [B] bool
+    error: Tensor  # [B] squared distance to a fresh plan's mean, per action dimension; 0 where a fresh plan acted, NaN where not audited
+
+
+class Auditor:
+    """Acts exactly as its runner does and, on every AUDIT_EVERY-th step of a row, plans besides. Implements `types.Actor`."""
+
+    def __init__(self, runner: SpeculativeRunner) -> None:
+        self.runner = runner
+
+    def initial_state(self, batch: int) -> RunnerState:
+        return self.runner.initial_state(batch)
+
+    def begin(self, state: RunnerState, rows: Tensor, streams: Tensor) -> RunnerState:
+        return self.runner.begin(state, rows, streams)
+
+    @torch.inference_mode()
+    def act(self, obs: Tensor, state: RunnerState, first: Tensor) -> tuple[Tensor, RunnerState, AuditedLog]:
+        action, after, log = self.runner.act(obs, state, first)
+        audited = state.step % AUDIT_EVERY == 0
+        replanned = log.decision == Decision.REPLAN
+        error = torch.where(audited & replanned, 0.0, torch.nan)
+        rows = torch.nonzero(audited & ~replanned).squeeze(1)
+        if len(rows):
+            seen = state.take(rows)
+            warm_start = self.runner.warm_start(seen, first[rows])
+            fresh = self.runner.planner(self.runner.model.encode(obs[rows]), warm_start, seen.stream, seen.step)
+            error[rows] = (action[rows] - fresh.mean[:, 0]).square().mean(-1)
+        return action, after, AuditedLog(**vars(log), audited=audited, error=error)

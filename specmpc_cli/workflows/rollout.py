@@ -57,6 +57,7 @@ class EpisodeStats:
     ages: list[int] = field(default_factory=list)
     met_ages: list[int] = field(default_factory=list)
     mismatches: list[float] = field(default_factory=list)
+    expected_errors: list[float] = field(default_factory=list)
     correction_norms: list[float] = field(default_factory=list)
     planner_iterations: list[int] = field(default_factory=list)
     success: bool = False
@@ -88,6 +89,7 @@ class EpisodeStats:
         self.ages.append(int(log.age))
         self.met_ages.append(int(log.met_age))
         self.mismatches.append(float(log.mismatch))
+        self.expected_errors.append(float(log.expected_error))
         self.correction_norms.append(float(log.correction_norm))
         self.planner_iterations.append(int(log.planner_iterations))
 

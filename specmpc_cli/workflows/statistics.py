@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from scipy.stats import beta
 
 RESAMPLES = 10_000
 Interval = tuple[float, float]
@@ -58,3 +59,22 @@ def cvar05(sample: np.ndarray) -> float:
     """Mean of the worst ⌈0.05 n⌉ values of a sample [n]."""
     worst = math.ceil(0.05 * len(sample))
     return float(np.sort(sample)[:worst].mean())
+
+
+def lost_share_bound(lost: int, episodes: int, confidence: float) -> float:
+    """One-sided upper bound on the share of episodes that are lost, of which `lost` were seen (exact: Clopper and Pearson, 1934)."""
+    return 1.0 if lost == episodes else float(beta.ppf(confidence, lost + 1, episodes - lost))
+
+
+def fewest_episodes(share: float, confidence: float) -> int:
+    """Episodes without a single loss from which on `lost_share_bound` is at most `share`."""
+    return math.ceil(math.log(1 - confidence) / math.log(1 - share))
+
+
+def conformal_bound(values: np.ndarray, confidence: float) -> float:
+    """What the value of another episode stays below with this probability, if it is exchangeable with those seen [n], each in [0, 1].
+
+    Split conformal prediction: the ⌈(n + 1)·confidence⌉-th smallest value, or 1 where there are too few.
+    """
+    rank = math.ceil((len(values) + 1) * confidence)
+    return float(np.sort(values)[rank - 1]) if rank <= len(values) else 1.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import yaml
 from specmpc_cli.config.presets import load_config, read_yaml, zoo_root
 from specmpc_cli.config.schema import Config
 from specmpc_cli.data.shards import Shard, read_shards
-from specmpc_cli.engine.checkpoint import load_corrector, load_world_model, save_corrector, save_world_model
+from specmpc_cli.engine.checkpoint import CorrectorFacts, load_corrector, load_world_model, save_corrector, save_world_model
 from specmpc_cli.engine.correctors import CORRECTORS, BaseCorrector
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.world_model import WorldModel
@@ -51,8 +51,7 @@ class FittedCorrector:
     """A corrector with its gate and where it came from."""
 
     network: BaseCorrector
-    teacher_sha256: str
-    gate: dict[str, Any]
+    facts: CorrectorFacts
     source: str
     path: Path
 
@@ -60,18 +59,9 @@ class FittedCorrector:
     def arch(self) -> str:
         return self.network.arch
 
-    @property
-    def calibrated(self) -> bool:
-        return bool(self.gate.get("calibrated"))
-
     def rule(self, horizon: int) -> GateRule:
         """The gate it carries, for plans of this many steps."""
-        return GateRule(
-            horizon=horizon,
-            accept_below=float(self.gate["accept_below"]),
-            replan_above=float(self.gate["replan_above"]),
-            metric=self.gate["metric"],
-        )
+        return replace(self.facts.gate, horizon=horizon)
 
 
 class Store:
@@ -149,7 +139,7 @@ class Store:
         for arch in archs or list(CORRECTORS):
             candidates = [self._corrector(arch, source) for source in ("store", "embedded")]
             present = [corrector for corrector in candidates if corrector is not None]
-            matching = [corrector for corrector in present if corrector.teacher_sha256 == teacher.sha256]
+            matching = [corrector for corrector in present if corrector.facts.teacher_sha256 == teacher.sha256]
             if matching:
                 found.append(matching[0])
             elif present:
@@ -171,14 +161,12 @@ class Store:
         path = root / "correctors" / arch / "model.safetensors"
         if not _exists(path):
             return None
-        network, metadata = load_corrector(path)
-        return FittedCorrector(network, metadata["teacher_sha256"], metadata["gate"], source, path.parent)
+        return FittedCorrector(*load_corrector(path), source, path.parent)
 
     def save_corrector(
         self,
         network: BaseCorrector,
-        teacher: Teacher,
-        gate: dict[str, Any],
+        facts: CorrectorFacts,
         config: dict[str, Any],
         metrics: list[dict[str, Any]],
     ) -> Path:
@@ -186,7 +174,7 @@ class Store:
         folder = self.folder / "correctors" / network.arch
         write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         write_whole(folder / "metrics.jsonl", _jsonl(metrics))
-        save_corrector(network, folder / "model.safetensors", teacher_sha256=teacher.sha256, gate=gate)
+        save_corrector(network, folder / "model.safetensors", facts)
         return folder
 
     # Data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import pickle
 from pathlib import Path
@@ -11,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from specmpc_cli.engine.checkpoint import load_corrector, load_world_model, save_corrector, save_world_model, weights_sha256
+from specmpc_cli.engine.checkpoint import CorrectorFacts, load_corrector, load_world_model, save_corrector, save_world_model, weights_sha256
 from specmpc_cli.engine.correctors import CORRECTORS, CorrectorDims, build_corrector
+from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.official import load_official, official_state, read_official, save_official
 from specmpc_cli.errors import CheckpointError
 from tests.conftest import DATA, make_model
 
-GATE = {"metric": "l2", "accept_below": -math.inf, "replan_above": 0.5, "calibrated": False}
+FACTS = CorrectorFacts("abc", GateRule(12, replan_above=0.5, replan_above_error=0.1, metric="l1"), calibrated=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_q": 5, "episodic": True}])
@@ -32,9 +32,9 @@ def test_world_models_survive_the_disk(tmp_path: Path, options: dict[str, int]) 
 @pytest.mark.parametrize("arch", CORRECTORS)
 def test_correctors_survive_the_disk_with_their_gate(tmp_path: Path, arch: str) -> None:
     network = build_corrector(arch, CorrectorDims(16, 2, 32, 4))
-    save_corrector(network, tmp_path / "c.safetensors", teacher_sha256="abc", gate=GATE)
-    loaded, metadata = load_corrector(tmp_path / "c.safetensors")
-    assert loaded.arch == arch and metadata == {"teacher_sha256": "abc", "gate": GATE}
+    save_corrector(network, tmp_path / "c.safetensors", FACTS)
+    loaded, facts = load_corrector(tmp_path / "c.safetensors")
+    assert loaded.arch == arch and facts == FACTS
     rounded = [value.half().float() for value in network.state_dict().values()]
     assert all(torch.equal(a, b) for a, b in zip(rounded, loaded.state_dict().values(), strict=True))
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from specmpc_cli.config.schema import Config, PlannerConfig
+from specmpc_cli.config.schema import Config, PlannerConfig, SpeculationConfig
+from specmpc_cli.engine.checkpoint import CorrectorFacts
 from specmpc_cli.engine.compiled import EAGER
 from specmpc_cli.engine.correctors import CorrectorDims, build_corrector
+from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import Kernels
 from specmpc_cli.envs.registry import lookup
 from specmpc_cli.errors import CheckpointError, ConfigError
@@ -30,8 +32,8 @@ def bench(runtime: Runtime = CPU, config: Config = SMALL) -> Workbench:
 
 
 def corrector(*, teacher: str = "abc", calibrated: bool = False) -> FittedCorrector:
-    gate = {"metric": "l1", "accept_below": 0.1, "replan_above": 0.4, "calibrated": calibrated}
-    return FittedCorrector(build_corrector("two-tower", CorrectorDims(16, 2, 16, 4)).eval(), teacher, gate, "store", Path("corrector"))
+    facts = CorrectorFacts(teacher, GateRule(15, 0.1, 0.4, metric="l1"), calibrated)
+    return FittedCorrector(build_corrector("two-tower", CorrectorDims(16, 2, 16, 4)).eval(), facts, "store", Path("corrector"))
 
 
 def test_large_actions_get_two_more_iterations_and_the_discount_follows_the_episode() -> None:
@@ -59,9 +61,11 @@ def test_gates_come_from_the_mode_or_the_corrector() -> None:
 
 def test_adaptive_takes_a_calibrated_gate_or_both_thresholds() -> None:
     way = adaptive_way(corrector(calibrated=True), SMALL, None, None)
-    assert way.rule is not None and (way.rule.horizon, way.rule.accept_below) == (20, 0.1)
+    assert way.rule == GateRule(15, 0.1, 0.4, metric="l1")  # plans live as long as they did while the promise was checked
     by_hand = adaptive_way(corrector(), SMALL, 0.2, 0.3).rule
-    assert by_hand is not None and (by_hand.accept_below, by_hand.replan_above) == (0.2, 0.3)
+    assert by_hand == GateRule(20, 0.2, 0.3, metric="l1")
+    shorter = SMALL.model_copy(update={"speculation": SpeculationConfig(max_age=4)})
+    assert adaptive_way(corrector(calibrated=True), shorter, None, None).horizon == 4
     for one in ((0.2, None), (None, 0.3), (None, None)):
         with pytest.raises(ConfigError, match="carries no calibrated one"):
             adaptive_way(corrector(), SMALL, *one)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
-from specmpc_cli.workflows.statistics import cvar05, mean_ci95, ratio, ratio_ci95
+from specmpc_cli.workflows.statistics import conformal_bound, cvar05, fewest_episodes, lost_share_bound, mean_ci95, ratio, ratio_ci95
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_approximation() -> None:
@@ -46,3 +48,23 @@ def test_resamples_with_a_worthless_baseline_are_left_out() -> None:
 @pytest.mark.parametrize(("n", "expected"), [(1, 0.0), (10, 0.0), (20, 0.0), (21, 0.5), (40, 0.5), (41, 1.0), (100, 2.0)])
 def test_cvar_is_the_mean_of_the_worst_twentieth_rounded_up(n: int, expected: float) -> None:
     assert cvar05(np.random.default_rng(0).permutation(np.arange(float(n)))) == expected
+
+
+def test_counts_bound_a_share_exactly() -> None:
+    """The bound solves P(at most `lost` of n) = 1 − confidence."""
+    for lost, episodes in ((0, 20), (3, 40), (19, 20)):
+        share = lost_share_bound(lost, episodes, 0.975)
+        tail = sum(math.comb(episodes, k) * share**k * (1 - share) ** (episodes - k) for k in range(lost + 1))
+        assert tail == pytest.approx(0.025)
+    assert lost_share_bound(5, 5, 0.975) == 1.0
+    needed = fewest_episodes(0.02, 0.975)
+    assert lost_share_bound(0, needed, 0.975) <= 0.02 < lost_share_bound(0, needed - 1, 0.975)
+
+
+def test_a_new_value_stays_below_the_conformal_bound_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    samples = rng.uniform(size=(4000, 21))
+    below = [new <= conformal_bound(seen, 0.9) for *seen, new in samples.tolist() for seen in [np.array(seen)]]
+    assert 0.89 < np.mean(below) < 0.92
+    assert conformal_bound(np.zeros(8), 0.9) == 1.0  # eight values are too few to say anything
+    assert conformal_bound(np.zeros(9), 0.9) == 0.0

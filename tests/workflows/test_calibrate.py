@@ -1,0 +1,231 @@
+"""Calibration on a world whose losses are known by the age of a plan: what is chosen, what is promised, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from specmpc_cli.config.schema import Config
+from specmpc_cli.engine.checkpoint import CorrectorFacts
+from specmpc_cli.engine.gate import GateRule
+from specmpc_cli.engine.planner import PlannerSettings
+from specmpc_cli.engine.runner import SpeculativeRunner
+from specmpc_cli.envs.adapter import RawStep, TaskEnv
+from specmpc_cli.envs.vector import VectorEnv
+from specmpc_cli.errors import CalibrationFailed, ConfigError
+from specmpc_cli.runtime import Purpose, Runtime
+from specmpc_cli.types import Decision, EnvSpec, Plan
+from specmpc_cli.workflows import calibrate as module
+from specmpc_cli.workflows.acting import Way
+from specmpc_cli.workflows.calibrate import Calibration, Calibrator, check_promise, kept_at_least, paths
+from specmpc_cli.workflows.labelling import AUDIT_EVERY, Auditor
+from specmpc_cli.workflows.rollout import Episode, EpisodeStats, rollout
+from specmpc_cli.workflows.store import FittedCorrector
+from tests.fakes import ConstantCorrector, CountingModel, CountingSimulator, ScriptedPlanner, counting_envs
+
+CPU = Runtime(torch.device("cpu"), torch.float32, compiled=False, threads=1)
+STEPS = 40
+
+
+@dataclass
+class Slipping(CountingSimulator):
+    """Earns about 10 a step while the action comes from within the planner's horizon (is not negative), less once the tail acts."""
+
+    tail_reward: float = 8.0
+    success: Callable[[int, int], bool] = field(default=lambda slips, seed: False)
+    resets: int = 0
+
+    def reset(self, seed: int) -> np.ndarray:
+        self.terminates, self.actions = False, []
+        self.seed, self.slips, self.resets = seed, 0, self.resets + 1
+        self.noise = np.random.default_rng([seed, self.resets])  # of its own in every run, as returns have where actions differ
+        super().reset(0)
+        return self._obs()
+
+    def step(self, action: np.ndarray) -> RawStep:
+        slipped = action[0] < 0
+        self.slips += slipped
+        reward = (self.tail_reward if slipped else 10.0) + 0.2 * self.noise.normal()
+        return RawStep(super().step(action).obs, float(reward), success=self.success(self.slips, self.seed))
+
+
+class SteadyPlanner(ScriptedPlanner):
+    """Plans that hardly differ: the count begins anew at each call."""
+
+    def __call__(self, *args: Any) -> Plan:
+        self.calls.clear()
+        return super().__call__(*args)
+
+
+@dataclass
+class Bench:
+    """A workbench over the counting model, whose prediction is off by a tenth more at each step of a plan."""
+
+    spec: EnvSpec
+    planner: ScriptedPlanner
+    config: Config = field(default_factory=Config)
+    runtime: Runtime = CPU
+
+    def runner(self, way: Way) -> SpeculativeRunner:
+        corrector = way.corrector.network if way.corrector else None
+        return SpeculativeRunner(self.planner.model, self.planner, way.gate_rule("l2"), corrector)  # type: ignore[arg-type]
+
+    actor = runner
+
+
+def corrector() -> FittedCorrector:
+    network = ConstantCorrector(0.0)
+    network.arch = "two-tower"  # type: ignore[attr-defined]
+    return FittedCorrector(network, CorrectorFacts("abc", GateRule(20), calibrated=False), "memory", Path())  # type: ignore[arg-type]
+
+
+def calibrate(
+    monkeypatch: pytest.MonkeyPatch,
+    max_return_loss: float,
+    *,
+    episodes: int = 20,
+    has_success: bool = False,
+    planner_horizon: int = 3,
+    **world: Any,
+) -> tuple[Calibration, list[tuple[str, int]]]:
+    """A calibration, and what it ran."""
+    spec = EnvSpec("slipping", "tests", 2, 1, STEPS, action_repeat=1, has_success=has_success)
+    envs = VectorEnv([TaskEnv(spec, Slipping(**world)) for _ in range(4)])
+    monkeypatch.setattr(module.VectorEnv, "make", lambda *_: envs)
+    monkeypatch.setattr(module, "own_spread", lambda _: 0.04)
+    runs: list[tuple[str, int]] = []
+    options: dict[str, Any] = {"max_return_loss": max_return_loss, "episodes": episodes, "seed": 0, "num_envs": 4}
+    planner = SteadyPlanner(CountingModel(drift=0.1), PlannerSettings(discount=0.99, horizon=planner_horizon, iterations=6))
+    with Calibrator(Bench(spec, planner), **options, on_run=lambda what, count: runs.append((what, count))) as calibrator:  # type: ignore[arg-type]
+        return calibrator.calibrate(corrector(), []), runs
+
+
+def test_the_boldest_gate_that_keeps_the_promise_is_found_and_judged_on_fresh_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond 3 steps each costs a fifth: 3 steps lose nothing, 4 lose 5 %, 5 lose 8 %, 9 lose 13 %, 12 lose 15 %."""
+    found, runs = calibrate(monkeypatch, 0.02)
+    promise = found.promise
+    assert promise.rule.horizon == 3 or promise.rule.replan_above < math.inf
+    assert promise.calls_saved == pytest.approx(2 / 3, abs=0.02) and promise.kept == pytest.approx(1.0, abs=0.005)
+    assert 0.98 <= promise.at_least <= promise.kept and promise.episodes == 20
+    assert found.tuned[0].rule == GateRule(20) and {trial.episodes for trial in found.tuned} == {6}
+    assert [run for run in runs if run[0].endswith("(calibrate)")] == [
+        (f"two-tower, {promise.rule.label} (calibrate)", 20),
+        ("plain replanning (calibrate)", 20),
+    ]
+    assert runs.count(("plain replanning (tune)", 6)) == 1
+
+    bolder, _ = calibrate(monkeypatch, 0.12)
+    assert bolder.promise.calls_saved == pytest.approx(0.75, abs=0.01) and bolder.promise.at_least >= 0.88
+    free, _ = calibrate(monkeypatch, 0.5)
+    assert free.promise.rule == GateRule(20) and len(free.tuned) == 1  # nothing else needed to be tried
+
+
+def test_the_audit_counts_kept_steps_far_from_a_fresh_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Actions of the tail are −0.5, those of fresh plans above 0: further apart than 0.2. Every 7th of 40 steps is compared."""
+    free, _ = calibrate(monkeypatch, 0.5)
+    audited = range(0, STEPS, AUDIT_EVERY)
+    wrong = [step % 20 >= 3 for step in audited]
+    assert free.audit.steps == 20 * len(audited)
+    assert free.audit.share == pytest.approx(np.mean(wrong)) == free.audit.episode_bound
+    careful, _ = calibrate(monkeypatch, 0.02)
+    assert careful.audit.share == 0 == careful.audit.episode_bound
+
+
+def test_planner_calls_of_the_calibration_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, _ = calibrate(monkeypatch, 0.5)
+    kept = sum(step % 20 != 0 for step in range(0, STEPS, AUDIT_EVERY))
+    audits = 20 * len(range(0, STEPS, AUDIT_EVERY))
+    assert kept < audits / 20
+    assert free.planner_calls == 6 * STEPS + 20 * STEPS + (6 + 20) * STEPS // 20 + audits
+
+
+def test_a_bound_that_no_gate_meets_is_said_with_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tail earns nothing and begins with the second step of a plan: the shortest plans already lose half."""
+    with pytest.raises(
+        CalibrationFailed, match=r"no gate of the two-tower corrector keeps the loss within 0.02: the best of \d+ tried"
+    ) as info:
+        calibrate(monkeypatch, 0.02, planner_horizon=1, tail_reward=0.0)
+    assert "over 6 episodes and saves" in str(info.value) and "--max-return-loss" in str(info.value)
+
+
+def test_a_gate_that_only_looked_good_makes_no_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fresh episodes the tail earns nothing: whatever was chosen before is refused, after two attempts."""
+
+    class Treacherous(Slipping):
+        def step(self, action: np.ndarray) -> RawStep:
+            step = super().step(action)
+            fresh = Purpose.CALIBRATE in [purpose for purpose in Purpose if self.seed // 500_000_000 == list(Purpose).index(purpose)]
+            return RawStep(step.obs, step.reward - (9.0 if fresh and action[0] < 0 else 0.0))
+
+    monkeypatch.setattr("tests.workflows.test_calibrate.Slipping", Treacherous)
+    with pytest.raises(CalibrationFailed, match=r"on 20 fresh episodes: saving 95% keeps \d+.\d% \(at least") as info:
+        calibrate(monkeypatch, 0.1, tail_reward=10.0)
+    assert " and saving " in str(info.value)
+
+
+def test_plain_replanning_that_earns_nothing_cannot_be_promised_a_share_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CalibrationFailed, match="mean success rate of 0 over 55 episodes"):
+        calibrate(monkeypatch, 0.02, episodes=183, has_success=True)
+
+
+def test_success_is_promised_from_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = calibrate(monkeypatch, 0.1, episodes=40, has_success=True, success=lambda slips, seed: slips <= 10 or seed % 10 == 0)
+    assert found.promise.kept == 1.0 and found.promise.at_least == pytest.approx(1 - 0.0881, abs=1e-4)
+    assert found.promise.calls_saved > 0.5
+
+
+def test_promises_that_the_episodes_cannot_support_are_refused_before_anything_runs() -> None:
+    for loss in (0.0, 1.0, -0.1, math.nan):
+        with pytest.raises(ConfigError, match="--max-return-loss is a share"):
+            check_promise(loss, 20, has_success=False)
+    with pytest.raises(ConfigError, match="--calibrate-episodes must be at least 10"):
+        check_promise(0.02, 9, has_success=False)
+    with pytest.raises(ConfigError, match="needs --calibrate-episodes 183 or more, got 182"):
+        check_promise(0.02, 182, has_success=True)
+    check_promise(0.02, 183, has_success=True)
+    check_promise(0.02, 10, has_success=False)
+
+
+def test_episodes_without_spread_are_no_certainty() -> None:
+    """20 equal pairs leave room for 17 % of episodes that lose all they have; a spread is bootstrapped."""
+    same = np.full(20, 1000.0)
+    assert kept_at_least(same, same, success=False) == pytest.approx(1 - 0.1684, abs=1e-4)
+    noisy = same + np.random.default_rng(0).normal(0, 10, 20)
+    assert 0.98 < kept_at_least(noisy, same, success=False) < 1.0
+    lost = np.r_[np.zeros(2), np.ones(38)]
+    assert kept_at_least(lost, np.ones(40), success=True) == pytest.approx(1 - 0.1692, abs=1e-4)
+
+
+def test_paths_lead_from_bold_to_careful() -> None:
+    stat = EpisodeStats(Episode(Purpose.TUNE, 0, 0), rewards=[0.0] * 101, reasons=[1] + [0] * 100)
+    stat.mismatches, stat.expected_errors = [math.nan, *np.arange(100.0)], [0.0, *np.arange(100.0) / 10]
+    ages, mismatches, errors = paths(GateRule(10), [stat])
+    assert [rule.horizon for rule in ages] == [9, 7, 5, 4, 3, 2]
+    assert [rule.replan_above for rule in mismatches] == pytest.approx([96.03, 93.06, 87.12, 74.25, 49.5])
+    assert [rule.replan_above_error for rule in errors] == pytest.approx([9.603, 9.306, 8.712, 7.425, 4.95])
+    assert all(rule.horizon == 10 and rule.replan_above_error == math.inf for rule in mismatches)
+
+
+def test_auditing_changes_no_action_and_compares_every_seventh_step() -> None:
+    def run(audited: bool) -> list[Any]:
+        model = CountingModel()
+        runner = SpeculativeRunner(model, ScriptedPlanner(model), GateRule(5), ConstantCorrector(0.0))  # type: ignore[arg-type]
+        seen: list[Any] = []
+        actor = Auditor(runner) if audited else runner
+        rollout(actor, counting_envs(1, decisions=20), [Episode(Purpose.CALIBRATE, 0, 0)], device=CPU.device, on_step=seen.append)
+        return seen
+
+    plain, audited = run(False), run(True)
+    assert [step.log.decision for step in plain] == [step.log.decision for step in audited]
+    checked = [step for step in audited if step.log.audited]
+    assert [step.step for step in checked] == [0, 7, 14]
+    for step in checked:
+        assert float(step.log.error) >= 0 and (step.log.decision != Decision.REPLAN or step.log.error == 0)
+    assert all(math.isnan(step.log.error) for step in audited if not step.log.audited)
