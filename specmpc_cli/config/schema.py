@@ -48,14 +48,22 @@ class SpeculationConfig(Section):
 class CollectConfig(Section):
     """What data a corrector learns from."""
 
-    horizons: tuple[int, ...] = Field(default=(6, 3, 12), min_length=1, description="execution horizons, taken in turn by the episodes")
+    horizons: tuple[int, ...] = Field(default=(6, 3, 12), min_length=1, description="env steps per plan in round 1, taken in turn")
+    # Correctors have learnt to hold plans for longer than naive reuse can; what they meet there is what later correctors must know.
+    later_horizons: tuple[int, ...] = Field(default=(12, 20, 6), min_length=1, description="the same from round 2 on")
     teacher_share: float = Field(default=0.2, ge=0, le=1, description="share of each round's episodes driven by the teacher itself")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if min(self.horizons) < 1 or max(self.horizons) > 1000:
-            raise ValueError(f"horizons must lie in 1..1000, got {list(self.horizons)}")
+        for name in ("horizons", "later_horizons"):
+            horizons = getattr(self, name)
+            if min(horizons) < 1 or max(horizons) > 1000:
+                raise ValueError(f"{name} must lie in 1..1000, got {list(horizons)}")
         return self
+
+    def horizons_of(self, round_: int) -> tuple[int, ...]:
+        """The execution horizons of a round."""
+        return self.horizons if round_ == 1 else self.later_horizons
 
 
 class CorrectorConfig(Section):

@@ -53,6 +53,7 @@ def test_config_is_read_only() -> None:
         (["planner.min_std=3"], "min_std.*cannot exceed max_std"),
         (["speculation.tail=forever"], "speculation.tail.*'policy' or 'hold', got 'forever'"),
         (["collect.horizons=[0]"], "horizons must lie in"),
+        (["collect.later_horizons=[1001]"], "later_horizons must lie in"),
         (["planner.horizon"], "--set takes a.b=value"),
         (["planner..horizon=3"], "--set takes a.b=value"),
         (["planner.horizon=[1"], "not a YAML value"),
