@@ -64,6 +64,8 @@ def collect(
         out.note("nothing to do: the dataset has these episodes already; ask for more --episodes or --rounds, or another --seed")
     for group, returns in report.returns.items():
         out.note(f"{group} steps per plan: mean return {sum(returns) / len(returns):.1f} over {len(returns)} episodes")
+    if report.new_episodes:
+        out.note(f"{report.planner_calls} planner calls labelled the new episodes, in {report.seconds / 60:.1f} minutes")
     out.say(f"{report.rows} rows from {report.episodes} episodes ({report.new_episodes} new) in {report.folder}")
     out.document(
         {
@@ -74,6 +76,8 @@ def collect(
             "new_episodes": report.new_episodes,
             "rows": report.rows,
             "returns": report.returns,
+            "planner_calls": report.planner_calls,
+            "seconds": round(report.seconds, 1),
         }
     )
 
@@ -197,5 +201,10 @@ def _calibrate(
             f"at least {promise.at_least:.1%}, on {promise.episodes} fresh episodes; {audit.share:.1%} of {audit.steps} compared steps "
             f"were kept and wrong, and in nine new episodes of ten fewer than {audit.episode_bound:.1%} are"
         )
-        out.note(f"{arch}: calibration took {calibration.planner_calls} planner calls and {calibration.seconds / 60:.1f} minutes")
+        labelled = sum(shard.rows + 1 for shard in fitted[0].shards)  # an episode's first step has a label and no row
+        calls = labelled + calibration.planner_calls
+        out.note(
+            f"{arch}: {labelled} planner calls labelled the data, {calibration.planner_calls} calibrated the gate "
+            f"({calibration.seconds / 60:.1f} minutes); acting has saved as many after {calls / promise.calls_saved:,.0f} env steps"
+        )
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ class CollectReport:
     new_episodes: int
     rows: int
     returns: dict[str, list[float]]  # of the new episodes, by "round r, behaviour"
+    planner_calls: int  # that labelled the new episodes: one per env step
+    seconds: float  # that they took, fits between the rounds included
 
 
 def dataset_facts(bench: Workbench) -> DatasetFacts:
@@ -115,7 +118,7 @@ def collect(
     writer = ShardWriter(folder, facts, seed=seed, versions=versions())
     envs = VectorEnv.make(store.task, num_envs)
     returns: dict[str, list[float]] = defaultdict(list)
-    new = 0
+    new, planner_calls, started = 0, 0, time.perf_counter()
     try:
         for round_ in range(1, rounds + 1):
             shards = read_shards(folder)
@@ -129,12 +132,14 @@ def collect(
             for recorded in _run_round(bench, envs, missing, seed, corrector, writer, on_step):
                 returns[f"round {round_}, {recorded.behaviour.name.lower()} {recorded.horizon}"].append(recorded.episode_return)
                 new += 1
+                planner_calls += recorded.env_steps
     finally:
         envs.close()
         shards = read_shards(folder)
         if shards:
             write_index(folder, shards, facts.dims)
-    return CollectReport(folder, len(shards), new, sum(shard.rows for shard in shards), dict(returns))
+    rows = sum(shard.rows for shard in shards)
+    return CollectReport(folder, len(shards), new, rows, dict(returns), planner_calls, time.perf_counter() - started)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +149,7 @@ class Recorded:
     behaviour: Behaviour
     horizon: int
     episode_return: float
+    env_steps: int
 
 
 def _run_round(
@@ -170,7 +176,7 @@ def _run_round(
             on_step=recorder.step,
             on_episode=recorder.episode,
         )
-        recorded += [Recorded(behaviour, horizon, stat.episode_return) for stat in stats]
+        recorded += [Recorded(behaviour, horizon, stat.episode_return, stat.env_steps) for stat in stats]
     return recorded
 
 
