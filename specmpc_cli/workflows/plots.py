@@ -55,6 +55,11 @@ def row_kind(row: Row) -> str:
     return row_label({**row, "horizon": ""}).replace("  ", " ").strip()
 
 
+def beside(row: Row) -> float:
+    """How many points beside its place a row is drawn. Ways with the same horizon save the same calls: so they do not hide each other."""
+    return _OFFSETS.get(row["corrector"], 0.0) if row["mode"] in ("naive", "corrected") else 0.0
+
+
 def plot_front(report: dict[str, Any], path: Path) -> None:
     """Draws the comparison as a PNG: return ratio with its paired interval against calls saved, and the Pareto front."""
     from matplotlib.figure import Figure
@@ -78,9 +83,8 @@ def plot_front(report: dict[str, Any], path: Path) -> None:
     for row in rows:
         low, high = row["return_vs_baseline_ci95"] or (row["return_vs_baseline"],) * 2
         ratio, kind = row["return_vs_baseline"], row_kind(row)
-        # Ways with the same horizon save the same calls: side by side, a few points apart, they do not hide each other.
-        points = _OFFSETS.get(row["corrector"], 0.0) if row["mode"] in ("naive", "corrected") else 0.0
-        beside = ScaledTranslation(points / 72, 0, figure.dpi_scale_trans)
+        points = beside(row)
+        moved = ScaledTranslation(points / 72, 0, figure.dpi_scale_trans)
         axes.errorbar(
             row["calls_saved"],
             ratio,
@@ -93,7 +97,7 @@ def plot_front(report: dict[str, Any], path: Path) -> None:
             elinewidth=1.2,
             linestyle="none",
             label=None if kind in labelled else kind,
-            transform=axes.transData + beside,
+            transform=axes.transData + moved,
         )
         labelled.add(kind)
         if row["mode"] in ("naive", "corrected"):

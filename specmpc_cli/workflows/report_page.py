@@ -12,7 +12,7 @@ from specmpc_cli.errors import ConfigError
 from specmpc_cli.files import check_destination, write_whole
 from specmpc_cli.types import Decision
 from specmpc_cli.workflows.evaluate import Report, Row
-from specmpc_cli.workflows.plots import computed_on, pareto_front, row_label
+from specmpc_cli.workflows.plots import beside, computed_on, pareto_front, row_label
 from specmpc_cli.workflows.svg import Chart
 
 _COLUMNS = (
@@ -38,7 +38,7 @@ _STYLE = (
 @media (prefers-color-scheme: dark) { :root { --ground: #14171a; --ink: #e6e8eb; --faint: #9aa4ad; --rule: #2c3238; --s0: #aab2ba;
   --s1: #58a6ff; --s2: #ff8c4b; --s3: #2bd4a0; --s4: #e8a0c8; --s5: #e3b341; --s6: #8fd0ff; --s7: #b392f0; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 1.2rem 1rem 4rem; background: var(--ground); color: var(--ink);
+body { margin: 0 auto; max-width: 70rem; padding: 1.2rem 1rem 4rem; background: var(--ground); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .4rem; }
 p { margin: .4rem 0; max-width: 46rem; } .faint { color: var(--faint); }
@@ -54,6 +54,7 @@ svg { width: 100%; height: auto; display: block; max-width: 46rem; }
 .accept { fill: var(--accept); } .correct { fill: var(--correct); } .replan { fill: var(--replan); }
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .85rem; margin: .3rem 0 .6rem; }
 .key i { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .35em; }
+@media (max-width: 36rem) { .tick, .label { font-size: 19px; } }
 pre { overflow-x: auto; font-size: .8rem; padding: .7rem; border: 1px solid var(--rule); border-radius: 6px; }
 """
     + "".join(
@@ -162,7 +163,7 @@ def _front(rows: list[Row], names: dict[int, int]) -> str:
     chart.line([(row["calls_saved"], row["return_vs_baseline"]) for row in pareto_front(rows)], 0, dashed=True)
     for row in shown:
         title = f"{row_label(row)}: {row['return_vs_baseline']:.1%} of the baseline's return, {row['calls_saved']:.0%} of the calls saved"
-        chart.point(row["calls_saved"], row["return_vs_baseline"], names[id(row)], title, row["return_vs_baseline_ci95"])
+        chart.point(row["calls_saved"], row["return_vs_baseline"], names[id(row)], title, row["return_vs_baseline_ci95"], beside(row))
     return chart.svg()
 
 

@@ -51,9 +51,9 @@ class Chart:
         dash = ' stroke-dasharray="4 3"' if dashed else ""
         self._marks.append(f'<path class="line s{series}"{dash} d="{"".join(parts)}"/>')
 
-    def point(self, x: float, y: float, series: int, title: str, interval: tuple[float, float] | None = None) -> None:
-        """A dot with a title that shows when pointed at, and its interval as a vertical bar."""
-        px, bar = self._px(x), ""
+    def point(self, x: float, y: float, series: int, title: str, interval: tuple[float, float] | None = None, beside: float = 0.0) -> None:
+        """A dot with a title that shows when pointed at, and its interval as a vertical bar; `beside` moves it to the right."""
+        px, bar = self._px(x) + beside, ""
         if interval is not None:
             low, high = (self._py(value) for value in interval)
             bar = f'<path class="line s{series}" d="M{px:.1f} {low:.1f}L{px:.1f} {high:.1f}"/>'

@@ -81,9 +81,14 @@ def test_the_page_asks_for_nothing_and_adapts(page: Path) -> None:
 def test_a_browser_shows_it_without_sideways_scrolling(page: Path, tmp_path: Path, width: int) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     shot = tmp_path / "page.png"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2400", f"--screenshot={shot}"]
-    subprocess.run([str(browser), *options, page.as_uri()], check=True, capture_output=True, timeout=60)
+    asking = tmp_path / "asking.html"
+    asking.write_text(page.read_text() + "<script>document.title = [innerWidth, document.documentElement.scrollWidth]</script>")
+    options = [str(browser), "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2400"]
+    subprocess.run([*options, f"--screenshot={shot}", page.as_uri()], check=True, capture_output=True, timeout=60)
     assert shot.stat().st_size > 20_000
+    shown = subprocess.run([*options, "--dump-dom", asking.as_uri()], check=True, capture_output=True, timeout=60, text=True).stdout
+    title = re.search(r"<title>(\d+),(\d+)</title>", shown)
+    assert title is not None and int(title[2]) <= int(title[1]), title
 
 
 @pytest.mark.parametrize(("name", "message"), [("x.pdf", "--report writes .html, got 'x.pdf'"), ("none/x.html", "there is no folder")])
