@@ -54,7 +54,7 @@ svg { width: 100%; height: auto; display: block; max-width: 46rem; }
 .accept { fill: var(--accept); } .correct { fill: var(--correct); } .replan { fill: var(--replan); }
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .85rem; margin: .3rem 0 .6rem; }
 .key i { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .35em; }
-@media (max-width: 36rem) { .tick, .label { font-size: 19px; } }
+@media (max-width: 36rem) { .tick, .label { font-size: 18px; } }
 pre { overflow-x: auto; font-size: .8rem; padding: .7rem; border: 1px solid var(--rule); border-radius: 6px; }
 """
     + "".join(

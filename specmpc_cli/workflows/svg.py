@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 WIDTH, HEIGHT = 640, 340
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 14, 12, 44
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -86,7 +86,7 @@ class Chart:
             f'<text class="label" x="{(_LEFT + right) / 2}" y="{self.height - 8}" text-anchor="middle">{escape(self.x_label)}</text>'
         )
         axes.append(
-            f'<text class="label" transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">{escape(self.y_label)}</text>'
+            f'<text class="label" transform="translate(15 {middle}) rotate(-90)" text-anchor="middle">{escape(self.y_label)}</text>'
         )
         name = escape(f"{self.y_label} by {self.x_label}", quote=True)
         return f'<svg viewBox="0 0 {WIDTH} {self.height}" role="img" aria-label="{name}">{"".join(axes)}{"".join(self._marks)}</svg>'
