@@ -183,6 +183,9 @@ def _calibrate(
             num_envs=envs_for(episodes),
             on_run=lambda what, count: progress.reset(bar, total=count * bench.spec.decisions, description=what),
             on_step=lambda: progress.advance(bar),
+            on_trial=lambda arch, trial: out.note(
+                f"{arch}, {trial.rule.label}: keeps {trial.kept:.1%} and saves {trial.calls_saved:.1%} over {trial.episodes} episodes"
+            ),
         ) as calibrator:
             for one in fitted:
                 try:

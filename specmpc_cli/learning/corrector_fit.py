@@ -125,7 +125,7 @@ def fit_corrector(
     """
     device = table.z.device
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(corrector.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    optimiser = torch.optim.AdamW(corrector.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     batches = -(-len(train) // settings.batch_size)
     steps = settings.epochs * batches
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _warm_up_then_cosine(step, steps))

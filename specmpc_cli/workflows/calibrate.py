@@ -126,13 +126,22 @@ class Calibrator:
         num_envs: int,
         on_run: Callable[[str, int], None] | None = None,
         on_step: Callable[[], None] | None = None,
+        on_trial: Callable[[str, Trial], None] | None = None,
     ) -> None:
-        """`on_run` hears what runs next and over how many episodes, `on_step` of each env step. Raises ConfigError: see `check_promise`."""
+        """
+        Args:
+            on_run: hears what runs next and over how many episodes.
+            on_step: after each env step.
+            on_trial: hears the architecture and each gate's result.
+
+        Raises:
+            ConfigError: see `check_promise`.
+        """
         check_promise(max_return_loss, episodes, bench.spec.has_success)
         self._bench, self._max_return_loss = bench, max_return_loss
         self._tune = episodes_of(Purpose.TUNE, seed, max(round(TUNE_SHARE * episodes), FEWEST_TUNE_EPISODES))
         self._fresh = episodes_of(Purpose.CALIBRATE, seed, episodes)
-        self._on_run, self._on_step = on_run, on_step
+        self._on_run, self._on_step, self._on_trial = on_run, on_step, on_trial
         self._baselines: dict[Purpose, list[EpisodeStats]] = {}
         self._planner_calls = 0
         self._envs = VectorEnv.make(bench.spec.task, num_envs)
@@ -202,7 +211,7 @@ class Calibrator:
     def _tune_trial(self, corrector: FittedCorrector, rule: GateRule) -> tuple[Trial, list[EpisodeStats]]:
         way = Way(Mode.ADAPTIVE, rule.horizon, corrector, rule)
         stats = self._run(f"{corrector.arch}, {rule.label}", Purpose.TUNE, self._bench.actor(way))
-        return self._trial(rule, Purpose.TUNE, stats), stats
+        return self._trial(corrector, rule, Purpose.TUNE, stats), stats
 
     def _promise(self, corrector: FittedCorrector, rule: GateRule, wrong_above: float) -> tuple[Trial, Audit]:
         """The gate on the calibrate episodes, audited on the way; auditing changes no action."""
@@ -221,9 +230,9 @@ class Calibrator:
         self._planner_calls += steps
         bound = conformal_bound(np.array([np.mean(outcomes) for outcomes in compared]), AUDIT_CONFIDENCE)
         share = sum(map(sum, compared)) / steps
-        return self._trial(rule, Purpose.CALIBRATE, stats), Audit(wrong_above, steps, share, bound)
+        return self._trial(corrector, rule, Purpose.CALIBRATE, stats), Audit(wrong_above, steps, share, bound)
 
-    def _trial(self, rule: GateRule, purpose: Purpose, stats: list[EpisodeStats]) -> Trial:
+    def _trial(self, corrector: FittedCorrector, rule: GateRule, purpose: Purpose, stats: list[EpisodeStats]) -> Trial:
         score, reference = self._scores(stats), self._scores(self._baseline(purpose))
         kept = ratio(score, reference)
         if kept is None:
@@ -233,7 +242,10 @@ class Calibrator:
                 "promised; train the teacher further, or act with --mode corrected, which needs no promise"
             )
         saved = 1 - sum(stat.planner_calls for stat in stats) / sum(stat.env_steps for stat in stats)
-        return Trial(rule, len(stats), saved, kept, kept_at_least(score, reference, self._bench.spec.has_success))
+        trial = Trial(rule, len(stats), saved, kept, kept_at_least(score, reference, self._bench.spec.has_success))
+        if self._on_trial is not None:
+            self._on_trial(corrector.arch, trial)
+        return trial
 
     def _baseline(self, purpose: Purpose) -> list[EpisodeStats]:
         """Plain replanning on the episodes of this purpose, run once."""
