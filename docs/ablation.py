@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from specmpc_cli.data.shards import Shard
+from specmpc_cli.data.shards import Shard, read_columns
 from specmpc_cli.engine.correctors import BaseCorrector, CorrectorDims, build_corrector
 from specmpc_cli.engine.gate import GateRule, decide
 from specmpc_cli.engine.runner import Judgement, SpeculativeRunner, judge
@@ -83,10 +83,10 @@ class Study:
         teacher = place.teacher()
         self.bench = Workbench(teacher, lookup(task).spec, config_of(teacher, [], []), choose_runtime())
         self.shards = place.newest_dataset(teacher)
-        self.episodes = episodes_of(Purpose.COMPARE, seed, episodes)
+        self.episodes = {purpose: episodes_of(purpose, seed, episodes) for purpose in (Purpose.COMPARE, Purpose.TUNE)}
         self.envs = VectorEnv.make(task, min(episodes, 10))
         self.rows: list[dict[str, Any]] = []
-        self.baseline = np.array([stat.episode_return for stat in self.run(GateRule(1))])
+        self.baseline = self.scores(self.run(GateRule(1)))
 
     def fit(
         self,
@@ -99,30 +99,32 @@ class Study:
         columns, group = load_tuples(shards, self.bench)
         config, d = self.bench.config.corrector, self.bench.model.dims
         table = TupleTable(columns, group, self.bench.model, config.history)
-        if label != "a_teacher_mean":
-            from specmpc_cli.data.shards import read_columns
-
-            table.label = torch.from_numpy(read_columns(shards, [label])[label])
+        device = self.bench.runtime.device
+        table.label = torch.from_numpy(read_columns(shards, [label])[label]).to(device)
         torch.manual_seed(0)
         dims = CorrectorDims(d.latent_dim, d.action_dim, config.width, config.history, config.layers, dropout=config.dropout)
-        network = wrap(build_corrector(arch, dims))
+        network = wrap(build_corrector(arch, dims)).to(device)
         settings = FitSettings(**config.model_dump(include=set(SETTINGS)))
         fit_corrector(network, table, *split_by_episode(group, config.validation_share, 0), settings, seed=0)
         return network
 
-    def run(self, rule: GateRule, corrector: Any = None, **options: Any) -> list[EpisodeStats]:
+    def scores(self, stats: list[EpisodeStats]) -> np.ndarray:
+        """Success where the task has it, else return."""
+        success = self.bench.spec.has_success
+        return np.array([float(stat.success) if success else stat.episode_return for stat in stats])
+
+    def run(self, rule: GateRule, corrector: Any = None, purpose: Purpose = Purpose.COMPARE, **options: Any) -> list[EpisodeStats]:
         history = corrector.dims.history if corrector is not None else 8
         runner = SpeculativeRunner(self.bench.model, self.bench.planner, rule, corrector, history=history, **options)
-        return rollout(runner, self.envs, self.episodes, device=self.bench.runtime.device)
+        return rollout(runner, self.envs, self.episodes[purpose], device=self.bench.runtime.device)
 
     def add(self, name: str, setting: str, stats: list[EpisodeStats]) -> None:
-        returns = np.array([stat.episode_return for stat in stats])
+        score = self.scores(stats)
         saved = 1 - sum(stat.planner_calls for stat in stats) / sum(stat.env_steps for stat in stats)
-        low, high = ratio_ci95(returns, self.baseline) or (math.nan, math.nan)
-        row = {"variant": name, "setting": setting, "calls_saved": saved, "return_mean": float(returns.mean())}
-        self.rows.append({**row, "return_vs_baseline": ratio(returns, self.baseline), "ci95": [low, high]})
-        kept = self.rows[-1]["return_vs_baseline"]
-        print(f"| {name} | {setting} | {saved:.1%} | {returns.mean():.1f} | {kept:.1%} ({low:.1%} to {high:.1%}) |", flush=True)
+        kept, interval = ratio(score, self.baseline), ratio_ci95(score, self.baseline)
+        self.rows.append({"variant": name, "setting": setting, "calls_saved": saved, "mean": score.mean(), "kept": kept, "ci95": interval})
+        share = f"{kept:.1%} ({interval[0]:.1%} to {interval[1]:.1%})" if kept is not None and interval is not None else "–"
+        print(f"| {name} | {setting} | {saved:.1%} | {score.mean():.3g} | {share} |", flush=True)
 
     def at_horizons(self, name: str, horizons: Sequence[int], corrector: Any = None, **options: Any) -> None:
         accept = math.inf if corrector is None else -math.inf
@@ -130,8 +132,8 @@ class Study:
             self.add(name, f"{horizon} steps", self.run(GateRule(horizon, accept_below=accept), corrector, **options))
 
     def gated(self, name: str, **options: Any) -> None:
-        """Naive reuse of at most 20 steps behind a gate, with thresholds where it would fall back on some of a free run's steps."""
-        free = self.run(GateRule(20, accept_below=math.inf), **options)
+        """Naive reuse of at most 20 steps behind a gate; its thresholds come from what a free run meets on `tune` episodes."""
+        free = self.run(GateRule(20, accept_below=math.inf), purpose=Purpose.TUNE, **options)
         values = [value for stat in free for value in stat.mismatches if math.isfinite(value)]
         for threshold in np.quantile(values, [1 - share for share in FALLBACK_SHARES]):
             rule = GateRule(20, accept_below=float(threshold), replan_above=float(threshold))
@@ -150,7 +152,7 @@ def main() -> None:
     horizons = [int(part) for part in arguments.horizons.split(",")]
     study = Study(arguments.store, arguments.task, arguments.episodes, arguments.seed)
     rounds = sorted({shard.key[1] for shard in study.shards})
-    print(f"plain replanning: {study.baseline.mean():.1f} over {arguments.episodes} episodes\n")
+    print(f"plain replanning: {study.baseline.mean():.4g} over {arguments.episodes} episodes\n")
     print("| variant | plans live | calls saved | return | of plain replanning (95 % interval) |\n|---|---|---|---|---|")
 
     study.at_horizons("two-tower", horizons, study.fit("two-tower", study.shards))

@@ -25,6 +25,7 @@ from specmpc_cli.cli.session import (
     envs_for,
     film_ways,
     matching_correctors,
+    note_gates,
     open_store,
     output_for,
     parse_horizons,
@@ -63,6 +64,7 @@ def eval_(
     way = choose_way(store, bench, mode, **options)
     if way.corrector is not None:
         out.note(f"corrector: {way.corrector.arch} ({way.corrector.source})")
+    note_gates(out, bench, [way])
     if way.mode is not Mode.POLICY:
         prepare_acting(out, bench, [way])
     with out.progress() as progress:
@@ -112,6 +114,7 @@ def compare(
     prepare_filming(common, out, video, task)
     store, bench = open_store(common, out, task, preset, set_)
     ways = ways_of(bench, steps, matching_correctors(out, store, bench, archs))
+    note_gates(out, bench, ways)
     if video:
         check_filming(ways)
     prepare_acting(out, bench, ways)

@@ -1,5 +1,6 @@
 """The commands that distil a planner: collect, fit-corrector."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -7,6 +8,7 @@ import typer
 from specmpc_cli.cli.console import Output
 from specmpc_cli.cli.options import Common, PresetOption, SetOption, TaskOption, common_options
 from specmpc_cli.cli.session import envs_for, open_store, output_for, prepare_acting
+from specmpc_cli.errors import ConfigError
 
 if TYPE_CHECKING:
     from specmpc_cli.data.shards import Shard
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from specmpc_cli.workflows.acting import Workbench
     from specmpc_cli.workflows.calibrate import Calibration
     from specmpc_cli.workflows.fit_corrector import Fitted
-    from specmpc_cli.workflows.store import FittedCorrector
+    from specmpc_cli.workflows.store import FittedCorrector, Store
 
 
 @common_options
@@ -91,7 +93,9 @@ def fit_corrector(
     max_return_loss: Annotated[
         float | None, typer.Option(help="Calibrate the gate: save what can be saved within this share of lost return.")
     ] = None,
-    calibrate_episodes: Annotated[int, typer.Option(help="Fresh episodes that must keep the promise of --max-return-loss.")] = 20,
+    calibrate_episodes: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="Fresh episodes that must keep the promise of --max-return-loss; 20 if left out.")
+    ] = None,
     preset: PresetOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -100,16 +104,22 @@ def fit_corrector(
 
     from specmpc_cli.cli.tables import fit_table
     from specmpc_cli.engine.correctors import CORRECTORS
-    from specmpc_cli.workflows.acting import check_archs
+    from specmpc_cli.workflows.acting import DEFAULT_HORIZON, Mode, Way, check_archs
     from specmpc_cli.workflows.calibrate import check_promise
-    from specmpc_cli.workflows.fit_corrector import fit, measure_label_noise, save
+    from specmpc_cli.workflows.fit_corrector import as_corrector, fit, measure_label_noise, save
 
     out = output_for(common)
     archs = check_archs(list(dict.fromkeys(arch or CORRECTORS)))
     settings = [*(set_ or []), *([f"corrector.epochs={epochs}"] if epochs else [])]
     store, bench = open_store(common, out, task, preset, settings)
+    promise_over = calibrate_episodes or 20
     if max_return_loss is not None:
-        check_promise(max_return_loss, calibrate_episodes, bench.spec.has_success)
+        check_promise(max_return_loss, promise_over, bench.spec.has_success)
+    elif calibrate_episodes is not None:
+        raise ConfigError("--calibrate-episodes has no meaning without --max-return-loss; leave it out")
+    for old in store.correctors(bench.teacher, archs)[0]:
+        if old.facts.calibrated and old.source == "store":
+            out.note(f"note: the {old.arch} corrector in the store, and its calibrated gate, will be replaced")
     shards = store.newest_dataset(bench.teacher)
     folder = shards[0].path.parent
     out.note(f"data: {folder} ({sum(shard.rows for shard in shards)} rows from {len(shards)} episodes)")
@@ -123,7 +133,7 @@ def fit_corrector(
 
             fitted.append(fit(bench, name, shards, seed=common.seed, on_epoch=show))
             progress.stop_task(bar)
-    prepare_acting(out, bench)
+    prepare_acting(out, bench, [Way(Mode.CORRECTED, DEFAULT_HORIZON, as_corrector(bench, one)) for one in fitted])
     noise = measure_label_noise(bench, shards, seed=common.seed)
     folders = [save(store, bench, network, noise) for network in fitted]
     out.table(fit_table(fitted, noise))
@@ -135,10 +145,9 @@ def fit_corrector(
         out.say(f"{path.name}: {path}")
     calibrated: dict[str, Calibration] = {}
     if max_return_loss is not None:
-        calibrated = _calibrate(common, out, bench, fitted, max_return_loss, calibrate_episodes)
-        for one in fitted:
-            if one.network.arch in calibrated:
-                save(store, bench, one, noise, calibrated[one.network.arch])
+        for one, calibration in _calibrate(common, out, store, bench, fitted, max_return_loss, promise_over):
+            save(store, bench, one, noise, calibration)
+            calibrated[one.network.arch] = calibration
     out.document(
         {
             "schema": 1,
@@ -163,13 +172,12 @@ def fit_corrector(
 
 
 def _calibrate(
-    common: Common, out: Output, bench: "Workbench", fitted: "list[Fitted]", max_return_loss: float, episodes: int
-) -> "dict[str, Calibration]":
-    """Gates by architecture, of the correctors that have one; says what was tried. Raises CalibrationFailed if none has."""
-    from specmpc_cli.cli.tables import calibration_table
+    common: Common, out: Output, store: "Store", bench: "Workbench", fitted: "list[Fitted]", max_return_loss: float, episodes: int
+) -> "Iterator[tuple[Fitted, Calibration]]":
+    """The fitted correctors that found a gate, each as soon as it has; says what was tried. Raises CalibrationFailed if none did."""
+    from specmpc_cli.cli.tables import calibration_table, percent
     from specmpc_cli.errors import CalibrationFailed
     from specmpc_cli.workflows.calibrate import Calibrator
-    from specmpc_cli.workflows.fit_corrector import as_corrector
 
     found: dict[str, Calibration] = {}
     failures = []
@@ -188,26 +196,33 @@ def _calibrate(
             ),
         ) as calibrator:
             for one in fitted:
-                try:
-                    found[one.network.arch] = calibrator.calibrate(as_corrector(bench, one), one.shards)
+                arch = one.network.arch
+                try:  # the corrector as its file has it, in half precision
+                    found[arch] = calibrator.calibrate(store.corrector(bench.teacher, arch), one.shards)
                 except CalibrationFailed as failure:
                     failures.append(str(failure))
+                else:
+                    yield one, found[arch]
     for failure in failures if found else failures[1:]:
         out.note(f"note: {failure}")
     if not found:
         raise CalibrationFailed(failures[0])
     out.table(calibration_table(found))
+    labelled = sum(shard.rows + 1 for shard in fitted[0].shards)  # an episode's first step has a label and no row
     for arch, calibration in found.items():
         promise, audit = calibration.promise, calibration.audit
         out.say(
             f"{arch}: saves {promise.calls_saved:.1%} of the planner calls and keeps {promise.kept:.1%} of plain replanning, "
-            f"at least {promise.at_least:.1%}, on {promise.episodes} fresh episodes; {audit.share:.1%} of {audit.steps} compared steps "
-            f"were kept and wrong, and in nine new episodes of ten fewer than {audit.episode_bound:.1%} are"
+            f"at least {promise.at_least:.1%}, on {promise.episodes} fresh episodes"
         )
-        labelled = sum(shard.rows + 1 for shard in fitted[0].shards)  # an episode's first step has a label and no row
+        out.note(
+            f"{arch}: its worst episode keeps {percent(promise.worst_kept, 1)}, and of others up to {calibration.worse_share:.0%} may keep "
+            "less; "
+            f"{audit.share:.1%} of {audit.steps} compared steps were kept and wrong, in nine of ten new episodes at most "
+            f"{audit.episode_bound:.1%}"
+        )
         calls = labelled + calibration.planner_calls
         out.note(
             f"{arch}: {labelled} planner calls labelled the data, {calibration.planner_calls} calibrated the gate "
             f"({calibration.seconds / 60:.1f} minutes); acting has saved as many after {calls / promise.calls_saved:,.0f} env steps"
         )
-    return found

@@ -71,6 +71,19 @@ def matching_correctors(out: Output, store: "Store", bench: "Workbench", archs: 
     return found
 
 
+def note_gates(out: Output, bench: "Workbench", ways: "Iterable[Way]") -> None:
+    """Says how long plans live in adaptive ways, and whether the promise behind their gates holds here."""
+    from specmpc_cli.workflows.acting import Mode, broken_promise
+
+    for way in ways:
+        if way.mode is Mode.ADAPTIVE:
+            gate = bench.gate(way)
+            assert gate is not None
+            out.note(f"{way.label}: a plan lives {gate.label}")
+            if problem := broken_promise(way, bench.config):
+                out.note(f"note: {problem}")
+
+
 def parse_horizons(text: str) -> list[int]:
     try:
         horizons = [int(part) for part in text.split(",")]

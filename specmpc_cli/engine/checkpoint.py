@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -57,7 +58,12 @@ class CorrectorFacts:
 
     teacher_sha256: str  # of the teacher it was distilled from
     gate: GateRule  # its horizon: the env steps that an adaptive plan lives at most
-    calibrated: bool  # whether a promise about return stands behind the gate
+    promised_with: dict[str, Any] | None = None  # settings of planner and speculation that the gate's promise was checked with
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a promise about return stands behind the gate."""
+        return self.promised_with is not None
 
 
 def save_corrector(corrector: BaseCorrector, path: Path, facts: CorrectorFacts) -> str:
@@ -66,7 +72,7 @@ def save_corrector(corrector: BaseCorrector, path: Path, facts: CorrectorFacts) 
         "kind": CORRECTOR_KIND,
         "teacher_sha256": facts.teacher_sha256,
         "config": json.dumps(corrector.config()),
-        "gate": json.dumps({**asdict(facts.gate), "calibrated": facts.calibrated}),
+        "gate": json.dumps({**asdict(facts.gate), "promised_with": facts.promised_with}),
     }
     return _save({name: tensor.half() for name, tensor in corrector.state_dict().items()}, path, metadata)
 
@@ -80,14 +86,15 @@ def load_corrector(path: Path) -> tuple[BaseCorrector, CorrectorFacts]:
         arch = config.pop("arch")
         if arch not in CORRECTORS:
             raise KeyError(arch)
-        calibrated = bool(gate.pop("calibrated"))
-        rule = GateRule(**gate)
+        gate.pop("calibrated", None)  # files of before there was a calibration say so, and name no horizon
+        promised_with = gate.pop("promised_with", None)
+        rule = GateRule(**{"horizon": 20, **gate})
         corrector = build_corrector(arch, CorrectorDims(**config))
         corrector.load_state_dict(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{path} is not a corrector this version can read ({reason}); fit it again") from None
-    return corrector.requires_grad_(False).eval(), CorrectorFacts(metadata.get("teacher_sha256", ""), rule, calibrated)
+    return corrector.requires_grad_(False).eval(), CorrectorFacts(metadata.get("teacher_sha256", ""), rule, promised_with)
 
 
 def _save(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,10 @@ class GateRule:
     def __post_init__(self) -> None:
         if not (self.horizon >= 1 and self.accept_below <= self.replan_above and self.metric in METRICS):
             raise ValueError(f"no such gate: {self}")
+
+    def as_json(self) -> dict[str, Any]:
+        """Its numbers; null for thresholds that are not in use."""
+        return {name: None if isinstance(value, float) and math.isinf(value) else value for name, value in asdict(self).items()}
 
     @property
     def label(self) -> str:

@@ -111,6 +111,10 @@ class Workbench:
         """A planner of this teacher with these settings."""
         return make_planner(self.model, config, self.spec, self.runtime)
 
+    def gate(self, way: Way) -> GateRule | None:
+        """The gate of a way; policy has none."""
+        return None if way.mode is Mode.POLICY else way.gate_rule(self.config.speculation.metric)
+
     def actor(self, way: Way) -> Actor[Any]:
         """An actor for this way. Raises CheckpointError for a corrector of another teacher."""
         return PolicyActor(self.model) if way.mode is Mode.POLICY else self.runner(way)
@@ -198,6 +202,8 @@ def choose_way(
         case Mode.NAIVE:
             return Way(chosen, steps)
     found, _ = store.correctors(bench.teacher, [arch] if arch else None)
+    if chosen is Mode.ADAPTIVE:
+        found.sort(key=lambda corrector: not corrector.facts.calibrated)  # a calibrated one first
     corrector = found[0] if found else store.corrector(bench.teacher, arch or next(iter(CORRECTORS)))
     if chosen is Mode.ADAPTIVE:
         return adaptive_way(corrector, bench.config, accept_below, replan_above)
@@ -245,7 +251,24 @@ def adaptive_way(corrector: FittedCorrector, config: Config, accept_below: float
             f"adaptive mode needs a gate, and the {corrector.arch} corrector in {corrector.path} carries no calibrated one; "
             "calibrate one with 'specmpc fit-corrector --max-return-loss 0.02', or give thresholds with --accept-below and --replan-above"
         )
+    if accept_below is not None and replan_above is not None:  # a gate of the user's own, without the bounds of the calibrated one
+        rule = GateRule(longest, metric=corrector.facts.gate.metric)
+        return Way(Mode.ADAPTIVE, longest, corrector, with_thresholds(rule, accept_below, replan_above))
     return Way(Mode.ADAPTIVE, horizon, corrector, with_thresholds(corrector.rule(horizon), accept_below, replan_above))
+
+
+def promise_settings(config: Config) -> dict[str, Any]:
+    """The settings that a promise about return holds for: another planner is another baseline, another tail another plan."""
+    return config.model_dump(mode="json", include={"planner", "speculation"})
+
+
+def broken_promise(way: Way, config: Config) -> str | None:
+    """What to tell the user if this way follows a gate that was calibrated with other settings."""
+    promised_with = way.corrector.facts.promised_with if way.mode is Mode.ADAPTIVE and way.corrector else None
+    if promised_with is None or promised_with == promise_settings(config):
+        return None
+    assert way.corrector is not None
+    return f"the {way.corrector.arch} corrector's gate was calibrated with other settings of planner or speculation: no promise holds here"
 
 
 def with_thresholds(rule: GateRule, accept_below: float | None, replan_above: float | None) -> GateRule:

@@ -21,7 +21,7 @@ from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.errors import CalibrationFailed, ConfigError
 from specmpc_cli.runtime import Purpose
-from specmpc_cli.types import Actor
+from specmpc_cli.types import Actor, Decision, ReplanReason
 from specmpc_cli.workflows.acting import Mode, Way, Workbench
 from specmpc_cli.workflows.evaluate import episodes_of
 from specmpc_cli.workflows.labelling import AuditedLog, Auditor
@@ -29,9 +29,8 @@ from specmpc_cli.workflows.rollout import EpisodeStats, Transition, rollout
 from specmpc_cli.workflows.statistics import conformal_bound, fewest_episodes, lost_share_bound, ratio, ratio_ci95
 from specmpc_cli.workflows.store import FittedCorrector
 
-FEWEST_EPISODES = 10  # a bootstrap over fewer claims more than it knows
-PROMISES = 2  # gates that may try for the promise, each at half of the 5 % chance to be wrong
-CONFIDENCE = 1 - 0.05 / PROMISES  # one-sided; so a promise is the lower end of a paired 95 % interval
+FEWEST_EPISODES = 20  # a bootstrap over fewer claims more than it knows
+PROMISES, CONFIDENCE = 2, 0.975  # gates that may try for the promise, each at the lower end of a paired 95 % interval
 TUNE_SHARE, FEWEST_TUNE_EPISODES = 0.3, 6  # tune episodes per calibrate episode
 # A gate is put to the test only if it lost at most this share of the allowed loss while it was chosen: the test needs room for chance.
 TUNE_MARGIN = 0.5
@@ -49,11 +48,11 @@ class Trial:
     calls_saved: float
     kept: float  # ratio of mean returns, of success rates for tasks that have success
     at_least: float  # its lower bound at CONFIDENCE
+    worst_kept: float | None  # of any one episode; None where plain replanning itself earned nothing in it
 
     def as_json(self) -> dict[str, Any]:
-        """Thresholds that are not in use are null."""
-        gate = {name: None if isinstance(value, float) and math.isinf(value) else value for name, value in asdict(self.rule).items()}
-        return {"gate": gate, **{name: getattr(self, name) for name in ("episodes", "calls_saved", "kept", "at_least")}}
+        shares = ("episodes", "calls_saved", "kept", "at_least", "worst_kept")
+        return {"gate": self.rule.as_json(), **{name: getattr(self, name) for name in shares}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ class Audit:
     wrong_above: float  # squared distance to a fresh plan's mean, per action dimension, from which an action is wrong
     steps: int  # compared
     share: float  # of the steps kept and wrong
-    episode_bound: float  # a new episode's share stays below this with probability AUDIT_CONFIDENCE
+    episode_bound: float  # of the compared steps of a new episode at most this share is, with probability AUDIT_CONFIDENCE
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "confidence": AUDIT_CONFIDENCE}
@@ -74,16 +73,23 @@ class Calibration:
     """A gate, the promise it kept on fresh episodes, and what finding it took."""
 
     max_return_loss: float
+    seed: int
     promise: Trial  # on the calibrate episodes
     audit: Audit
     tuned: list[Trial]  # on the tune episodes
-    planner_calls: int
+    planner_calls: int  # of this corrector's trials and audit, and of the plain replanning that they are paired with
     seconds: float
+
+    @property
+    def worse_share(self) -> float:
+        """At most this share of new episodes keeps less than the worst of the promise's, at CONFIDENCE: what an average cannot tell."""
+        return lost_share_bound(0, self.promise.episodes, CONFIDENCE)
 
     def as_json(self) -> dict[str, Any]:
         return {
             "max_return_loss": self.max_return_loss,
-            "promise": self.promise.as_json(),
+            "seed": self.seed,
+            "promise": {**self.promise.as_json(), "worse_share": self.worse_share},
             "audit": self.audit.as_json(),
             "tuned": [trial.as_json() for trial in self.tuned],
             "planner_calls": self.planner_calls,
@@ -104,6 +110,28 @@ def check_promise(max_return_loss: float, episodes: int, has_success: bool) -> N
         raise ConfigError(
             f"a promise of {max_return_loss:.2g} lost success needs --calibrate-episodes {needed} or more, got {episodes}: "
             f"{episodes} successes in a row still leave room for a loss of {lost_share_bound(0, episodes, CONFIDENCE):.0%}"
+        )
+
+
+def check_hope(max_return_loss: float, episodes: int, tuned: np.ndarray, has_success: bool) -> None:
+    """Raises CalibrationFailed where what plain replanning earned on the tune episodes [n] says that no gate could keep the promise."""
+    what = "success rate" if has_success else "return"
+    if tuned.mean() <= 0:
+        raise CalibrationFailed(
+            f"plain replanning has a mean {what} of {tuned.mean():.3g} over {len(tuned)} episodes, and no share of that can be promised; "
+            "train the teacher further, or act with --mode corrected, which needs no promise"
+        )
+    needed = fewest_episodes(max_return_loss, CONFIDENCE)
+    if has_success and episodes * tuned.mean() < needed:
+        raise CalibrationFailed(
+            f"plain replanning succeeds in {tuned.mean():.0%} of {len(tuned)} episodes, and a promise of {max_return_loss:.2g} lost "
+            f"success needs {needed} successes: take --calibrate-episodes {math.ceil(needed / tuned.mean())} or more, or allow more "
+            "with --max-return-loss"
+        )
+    if not has_success and np.ptp(tuned) == 0 and episodes < needed:
+        raise CalibrationFailed(
+            f"plain replanning returns {tuned[0]:.6g} in each of {len(tuned)} episodes: without spread only counting helps, and "
+            f"a promise of {max_return_loss:.2g} needs --calibrate-episodes {needed} or more, got {episodes}"
         )
 
 
@@ -139,6 +167,7 @@ class Calibrator:
         """
         check_promise(max_return_loss, episodes, bench.spec.has_success)
         self._bench, self._max_return_loss = bench, max_return_loss
+        self._seed = seed
         self._tune = episodes_of(Purpose.TUNE, seed, max(round(TUNE_SHARE * episodes), FEWEST_TUNE_EPISODES))
         self._fresh = episodes_of(Purpose.CALIBRATE, seed, episodes)
         self._on_run, self._on_step, self._on_trial = on_run, on_step, on_trial
@@ -161,7 +190,9 @@ class Calibrator:
         Raises:
             CalibrationFailed: no gate keeps the promise, or plain replanning earns nothing that a share of could be promised.
         """
-        started, calls_before = time.perf_counter(), self._planner_calls
+        started, has_success = time.perf_counter(), self._bench.spec.has_success
+        check_hope(self._max_return_loss, len(self._fresh), self._scores(self._baseline(Purpose.TUNE)), has_success)
+        self._planner_calls, wrong_above = 0, own_spread(shards)
         speculation = self._bench.config.speculation
         free, stats = self._tune_trial(corrector, GateRule(speculation.max_age, metric=speculation.metric))
         tuned, candidates, tested = [free], self._passing([free]), []
@@ -171,11 +202,12 @@ class Calibrator:
                 candidates = self._passing(tuned[1:])
             if not candidates:
                 break
-            promise, audit = self._promise(corrector, candidates.pop(0).rule, own_spread(shards))
+            promise, audit = self._promise(corrector, candidates.pop(0).rule, wrong_above)
             tested.append(promise)
-            if promise.at_least >= 1 - self._max_return_loss:
-                calls, seconds = self._planner_calls - calls_before, time.perf_counter() - started
-                return Calibration(self._max_return_loss, promise, audit, tuned, calls, seconds)
+            if promise.at_least >= 1 - self._max_return_loss and promise.calls_saved > 0:
+                calls = self._planner_calls + sum(stat.planner_calls for stats in self._baselines.values() for stat in stats)
+                seconds = time.perf_counter() - started
+                return Calibration(self._max_return_loss, self._seed, promise, audit, tuned, calls, seconds)
         raise CalibrationFailed(self._why(corrector, tuned, tested))
 
     def _search(self, corrector: FittedCorrector, paths: Sequence[Sequence[GateRule]]) -> list[Trial]:
@@ -192,7 +224,8 @@ class Calibrator:
 
     def _passing(self, trials: Sequence[Trial]) -> list[Trial]:
         """Those that may try for the promise, the most saving first."""
-        passing = [trial for trial in trials if trial.kept >= 1 - TUNE_MARGIN * self._max_return_loss]
+        enough = 1 - TUNE_MARGIN * self._max_return_loss
+        passing = [trial for trial in trials if trial.kept >= enough and trial.calls_saved > 0]
         return sorted(passing, key=lambda trial: -trial.calls_saved)
 
     def _why(self, corrector: FittedCorrector, tuned: Sequence[Trial], tested: Sequence[Trial]) -> str:
@@ -202,7 +235,7 @@ class Calibrator:
             figures = " and ".join(f"saving {one.calls_saved:.0%} keeps {one.kept:.1%} (at least {one.at_least:.1%})" for one in tested)
             return (
                 f"{bound} on {len(self._fresh)} fresh episodes: {figures}; "
-                "take more --calibrate-episodes, allow more with --max-return-loss, or collect another round"
+                "collect another round, or, with another --seed, take more --calibrate-episodes or allow more with --max-return-loss"
             )
         best = max(tuned, key=lambda trial: trial.kept)
         figures = f"the best of {len(tuned)} tried keeps {best.kept:.1%} over {best.episodes} episodes and saves {best.calls_saved:.0%}"
@@ -211,6 +244,7 @@ class Calibrator:
     def _tune_trial(self, corrector: FittedCorrector, rule: GateRule) -> tuple[Trial, list[EpisodeStats]]:
         way = Way(Mode.ADAPTIVE, rule.horizon, corrector, rule)
         stats = self._run(f"{corrector.arch}, {rule.label}", Purpose.TUNE, self._bench.actor(way))
+        self._planner_calls += sum(stat.planner_calls for stat in stats)
         return self._trial(corrector, rule, Purpose.TUNE, stats), stats
 
     def _promise(self, corrector: FittedCorrector, rule: GateRule, wrong_above: float) -> tuple[Trial, Audit]:
@@ -223,11 +257,12 @@ class Calibrator:
             assert isinstance(log, AuditedLog)
             if log.audited:
                 wrong[transition.episode.index].append(bool(log.error > wrong_above))
+                self._planner_calls += int(log.decision != Decision.REPLAN)
 
         stats = self._run(f"{corrector.arch}, {rule.label}", Purpose.CALIBRATE, auditor, audit)
+        self._planner_calls += sum(stat.planner_calls for stat in stats)
         compared = [outcomes for outcomes in wrong.values() if outcomes]
         steps = sum(len(outcomes) for outcomes in compared)
-        self._planner_calls += steps
         bound = conformal_bound(np.array([np.mean(outcomes) for outcomes in compared]), AUDIT_CONFIDENCE)
         share = sum(map(sum, compared)) / steps
         return self._trial(corrector, rule, Purpose.CALIBRATE, stats), Audit(wrong_above, steps, share, bound)
@@ -235,14 +270,11 @@ class Calibrator:
     def _trial(self, corrector: FittedCorrector, rule: GateRule, purpose: Purpose, stats: list[EpisodeStats]) -> Trial:
         score, reference = self._scores(stats), self._scores(self._baseline(purpose))
         kept = ratio(score, reference)
-        if kept is None:
-            what = "success rate" if self._bench.spec.has_success else "return"
-            raise CalibrationFailed(
-                f"plain replanning has a mean {what} of {reference.mean():.3g} over {len(reference)} episodes, and no share of that can be "
-                "promised; train the teacher further, or act with --mode corrected, which needs no promise"
-            )
+        if kept is None:  # on other episodes than those that gave hope
+            raise CalibrationFailed(f"plain replanning earns {reference.mean():.3g} on average over {len(reference)} {purpose} episodes")
+        worst = float((score / reference).min()) if (reference > 0).all() else None
         saved = 1 - sum(stat.planner_calls for stat in stats) / sum(stat.env_steps for stat in stats)
-        trial = Trial(rule, len(stats), saved, kept, kept_at_least(score, reference, self._bench.spec.has_success))
+        trial = Trial(rule, len(stats), saved, kept, kept_at_least(score, reference, self._bench.spec.has_success), worst)
         if self._on_trial is not None:
             self._on_trial(corrector.arch, trial)
         return trial
@@ -272,7 +304,6 @@ class Calibrator:
                 on_step(transition)
 
         stats = rollout(actor, self._envs, episodes, device=self._bench.runtime.device, on_step=step)
-        self._planner_calls += sum(stat.planner_calls for stat in stats)
         return stats
 
 
@@ -287,7 +318,7 @@ def paths(free: GateRule, stats: Sequence[EpisodeStats]) -> list[list[GateRule]]
         finite = [value for value in values if math.isfinite(value)]
         return list(dict.fromkeys(np.quantile(finite, [1 - share for share in FALLBACK_SHARES]).tolist())) if finite else []
 
-    kept = [(stat, step) for stat in stats for step in range(stat.env_steps) if stat.reasons[step] == 0]
+    kept = [(stat, step) for stat in stats for step in range(stat.env_steps) if stat.reasons[step] == ReplanReason.NONE]
     return [
         [replace(free, horizon=age) for age in AGES if age < free.horizon],
         [replace(free, replan_above=bound) for bound in bounds([stat.mismatches[step] for stat, step in kept])],
@@ -298,14 +329,14 @@ def paths(free: GateRule, stats: Sequence[EpisodeStats]) -> list[list[GateRule]]
 def kept_at_least(score: np.ndarray, reference: np.ndarray, success: bool) -> float:
     """The share of the reference's mean that the score's mean keeps at least, at CONFIDENCE, from paired episodes [n].
 
-    Successes are counted: as many episodes as may have lost theirs, exactly (Clopper and Pearson, 1934). Returns are resampled; where that
-    sees no spread, an episode that differs may have been missed, and it may have lost everything.
+    Successes are counted: of the episodes in which the reference succeeds, how many may lose it, exactly (Clopper and Pearson, 1934); what
+    is gained in others is not. Returns are resampled, which is nominal; where that sees no spread, an episode that differs may have been
+    missed, and it may have lost everything.
     """
-    episodes = len(score)
     if success:
-        lost = int(((score == 0) & (reference == 1)).sum())
-        return 1 - lost_share_bound(lost, episodes, CONFIDENCE) / float(reference.mean())
+        succeeded = reference == 1
+        return 1 - lost_share_bound(int((score[succeeded] == 0).sum()), int(succeeded.sum()), CONFIDENCE)
     interval = ratio_ci95(score, reference)
     assert interval is not None
     low, high = interval
-    return low if high > low else low - lost_share_bound(0, episodes, CONFIDENCE)
+    return low if high > low else low - lost_share_bound(0, len(score), CONFIDENCE)

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from specmpc_cli.config.schema import CollectConfig
 from specmpc_cli.data.shards import DatasetFacts, Shard, ShardWriter, read_shards, write_index
 from specmpc_cli.data.tuples import Behaviour, TupleDims, stack_rows
 from specmpc_cli.envs.vector import VectorEnv
@@ -77,11 +76,11 @@ def dataset_name(facts: DatasetFacts) -> str:
     return f"{facts.teacher_sha256[:8]}-{hashlib.sha256(settings.encode()).hexdigest()[:4]}"
 
 
-def plan_round(round_: int, episodes: int, config: CollectConfig) -> list[Item]:
+def plan_round(round_: int, episodes: int, horizons: tuple[int, ...], teacher_share: float) -> list[Item]:
     """The episodes of a round: horizons in turn, the teacher's episodes spread evenly, the same for every call."""
-    items, horizons = [], config.horizons_of(round_)
+    items = []
     for number in range(episodes):
-        teacher = int((number + 1) * config.teacher_share) > int(number * config.teacher_share)
+        teacher = int((number + 1) * teacher_share) > int(number * teacher_share)
         behaviour = Behaviour.TEACHER if teacher else Behaviour.NAIVE if round_ == 1 else Behaviour.CORRECTED
         items.append(Item(round_, number, behaviour, horizons[number % len(horizons)]))
     return items
@@ -113,7 +112,7 @@ def collect(
         raise ConfigError(f"--episodes must lie in 1..{EPISODES_PER_ROUND} per round, got {episodes}; use another --seed for more")
     if not 1 <= rounds <= EPISODES_PER_SEED // EPISODES_PER_ROUND:
         raise ConfigError(f"--rounds must lie in 1..{EPISODES_PER_SEED // EPISODES_PER_ROUND}, got {rounds}")
-    facts = dataset_facts(bench)
+    facts, config = dataset_facts(bench), bench.config.collect
     folder = store.dataset_folder(dataset_name(facts))
     writer = ShardWriter(folder, facts, seed=seed, versions=versions())
     envs = VectorEnv.make(store.task, num_envs)
@@ -123,7 +122,11 @@ def collect(
         for round_ in range(1, rounds + 1):
             shards = read_shards(folder)
             present = {shard.key for shard in shards}
-            missing = [item for item in plan_round(round_, episodes, bench.config.collect) if (seed, round_, item.number) not in present]
+            missing = [
+                item
+                for item in plan_round(round_, episodes, config.horizons_of(round_), config.teacher_share)
+                if (seed, round_, item.number) not in present
+            ]
             if on_round is not None:
                 on_round(round_, len(missing))
             if not missing:

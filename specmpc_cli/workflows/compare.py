@@ -63,7 +63,7 @@ def compare(
             stats = evaluate(bench, way, envs, runs, on_step=on_step)
             baseline = baseline or stats
             latency = measure_latency(bench, way, envs, seed)
-            rows.append(make_row(way, stats, baseline, latency, bench.spec.has_success))
+            rows.append(make_row(way, stats, baseline, latency, use_success=bench.spec.has_success, gate=bench.gate(way)))
             if traces:
                 rows[-1]["trace"] = trace_of(stats[0])
             if on_row is not None:
@@ -87,7 +87,8 @@ def evaluate_one(
     try:
         stats = evaluate(bench, way, envs, episodes_of(Purpose.COMPARE, seed, episodes), on_step=on_step)
         baseline = stats if way.mode is Mode.BASELINE else None
-        row = make_row(way, stats, baseline, measure_latency(bench, way, envs, seed), bench.spec.has_success)
+        latency = measure_latency(bench, way, envs, seed)
+        row = make_row(way, stats, baseline, latency, use_success=bench.spec.has_success, gate=bench.gate(way))
     finally:
         envs.close()
     return make_report(bench, seed, episodes, [row])

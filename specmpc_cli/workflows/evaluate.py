@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.runtime import Purpose
 from specmpc_cli.types import Decision, ReplanReason
@@ -57,7 +58,15 @@ def measure_latency(bench: Workbench, way: Way, envs: VectorEnv, seed: int) -> n
     return np.array(times[min(LATENCY_WARM_UP, len(times) // 2) :])
 
 
-def make_row(way: Way, stats: list[EpisodeStats], baseline: list[EpisodeStats] | None, latency: np.ndarray, use_success: bool) -> Row:
+def make_row(
+    way: Way,
+    stats: list[EpisodeStats],
+    baseline: list[EpisodeStats] | None,
+    latency: np.ndarray,
+    *,
+    use_success: bool,
+    gate: GateRule | None,
+) -> Row:
     """One row of a report (docs/json.md). `baseline` None leaves the comparison empty."""
     returns = np.array([stat.episode_return for stat in stats])
     success = np.array([stat.success for stat in stats], dtype=float)
@@ -68,6 +77,7 @@ def make_row(way: Way, stats: list[EpisodeStats], baseline: list[EpisodeStats] |
         "mode": way.mode.value,
         "horizon": way.horizon,
         "corrector": way.corrector.arch if way.corrector else None,
+        "gate": gate.as_json() if gate else None,
         "return_mean": float(returns.mean()),
         "return_ci95": mean_ci95(returns),
         "return_median": float(np.median(returns)),

@@ -25,7 +25,7 @@ from specmpc_cli.learning.corrector_fit import (
     split_by_episode,
 )
 from specmpc_cli.versions import versions
-from specmpc_cli.workflows.acting import Workbench
+from specmpc_cli.workflows.acting import Workbench, promise_settings
 from specmpc_cli.workflows.calibrate import Calibration
 from specmpc_cli.workflows.store import FittedCorrector, Store, timestamp
 
@@ -68,7 +68,7 @@ def fit(bench: Workbench, arch: str, shards: Sequence[Shard], *, seed: int, on_e
 def uncalibrated(bench: Workbench) -> CorrectorFacts:
     """Of a corrector of this teacher whose gate always corrects and never falls back."""
     speculation = bench.config.speculation
-    return CorrectorFacts(bench.teacher.sha256, GateRule(speculation.max_age, metric=speculation.metric), calibrated=False)
+    return CorrectorFacts(bench.teacher.sha256, GateRule(speculation.max_age, metric=speculation.metric))
 
 
 def as_corrector(bench: Workbench, fitted: Fitted) -> FittedCorrector:
@@ -81,7 +81,7 @@ def save(store: Store, bench: Workbench, fitted: Fitted, noise: float, calibrati
     """Puts a fitted corrector into the store, with the data, settings and calibration that made it; → its folder."""
     facts = uncalibrated(bench)
     if calibration is not None:
-        facts = replace(facts, gate=calibration.promise.rule, calibrated=True)
+        facts = replace(facts, gate=calibration.promise.rule, promised_with=promise_settings(bench.config))
     origin = {
         "made_by": "specmpc fit-corrector",
         "dataset": fitted.shards[0].path.parent.name,

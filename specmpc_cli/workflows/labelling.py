@@ -76,7 +76,13 @@ class Labeller:
         return action, LabellerState(after, fresh.mean), labelled
 
 
-AUDIT_EVERY = 7  # steps; shares no factor with the usual plan lengths, so that plans of all ages are compared
+AUDIT_SHARE = 1 / 7  # of the steps
+
+
+def is_audited(stream: Tensor, step: Tensor) -> Tensor:
+    """Whether these steps are compared [B]: by the golden ratio's multiples, which no plan length can fall into step with."""
+    turns = (stream + step * 0x9E3779B1) & 0xFFFFFFFF
+    return turns < AUDIT_SHARE * 2**32
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class AuditedLog(StepLog):
 
 
 class Auditor:
-    """Acts exactly as its runner does and, on every AUDIT_EVERY-th step of a row, plans besides. Implements `types.Actor`."""
+    """Acts exactly as its runner does and, on a seventh of the steps, plans besides. Implements `types.Actor`."""
 
     def __init__(self, runner: SpeculativeRunner) -> None:
         self.runner = runner
@@ -102,7 +108,7 @@ class Auditor:
     @torch.inference_mode()
     def act(self, obs: Tensor, state: RunnerState, first: Tensor) -> tuple[Tensor, RunnerState, AuditedLog]:
         action, after, log = self.runner.act(obs, state, first)
-        audited = state.step % AUDIT_EVERY == 0
+        audited = is_audited(state.stream, state.step)
         replanned = log.decision == Decision.REPLAN
         error = torch.where(audited & replanned, 0.0, torch.nan)
         rows = torch.nonzero(audited & ~replanned).squeeze(1)

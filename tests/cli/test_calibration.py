@@ -60,15 +60,15 @@ def with_data(command: Command, checkpoint: Path, folder: Path, monkeypatch: pyt
 
 
 def test_a_calibrated_gate_is_kept_and_used(paid: Command) -> None:
-    result = paid("fit-corrector", "--arch", "two-tower", "--max-return-loss", "0.1", "--calibrate-episodes", "12")
+    result = paid("fit-corrector", "--arch", "two-tower", "--max-return-loss", "0.1", "--calibrate-episodes", "22")
     assert result.code == 0, result.err
     assert "gates in closed loop" in result.out and "promised" in result.out
-    assert "two-tower: saves 92.0% of the planner calls" in result.out and "on 12 fresh episodes" in result.out
+    assert "two-tower: saves 92.0% of the planner calls" in result.out and "on 22 fresh episodes" in result.out
 
     folder = next(paid.store.glob("*/main/correctors/two-tower"))
     calibration = yaml.safe_load((folder / "config.yaml").read_text())["origin"]["calibration"]
     promise = calibration["promise"]
-    assert promise["episodes"] == 12 and 0.9 <= promise["at_least"] <= promise["kept"] + 1e-9
+    assert promise["episodes"] == 22 and 0.9 <= promise["at_least"] <= promise["kept"] + 1e-9
     assert promise["gate"] == {"horizon": 20, "metric": "l2", "accept_below": None, "replan_above": None, "replan_above_error": None}
 
     (row,) = paid("eval", "--mode", "adaptive", "--episodes", "2", "--json").document["rows"]
@@ -76,7 +76,12 @@ def test_a_calibrated_gate_is_kept_and_used(paid: Command) -> None:
     rows = paid("compare", "--horizons", "3", "--episodes", "2", "--json").document["rows"]
     assert [row["mode"] for row in rows] == ["baseline", "policy", "naive", "corrected", "adaptive"]
 
-    document = paid("fit-corrector", "--arch", "two-tower", "--json").document  # without a promise there is no gate any more
+    lighter = paid("eval", "--mode", "adaptive", "--episodes", "1", "--set", "planner.num_samples=16")
+    assert "a plan lives at most 20 steps" in lighter.err and "no promise holds here" in lighter.err
+
+    again = paid("fit-corrector", "--arch", "two-tower", "--json")
+    assert "its calibrated gate, will be replaced" in again.err
+    document = again.document  # without a promise there is no gate any more
     assert document["correctors"][0]["calibration"] is None
     assert "carries no calibrated one" in paid.fails("eval", "--mode", "adaptive")
 
@@ -85,7 +90,7 @@ def test_a_task_that_only_costs_gets_no_promise_and_keeps_its_corrector(
     command: Command, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     costly = with_data(command, checkpoint, tmp_path, monkeypatch, "costly", TASK.replace("reward = 1.0", "reward = -1.0"))
-    result = costly("fit-corrector", "--arch", "temporal", "--max-return-loss", "0.1", "--calibrate-episodes", "10")
+    result = costly("fit-corrector", "--arch", "temporal", "--max-return-loss", "0.1")
     assert result.code == 2
     assert result.err.splitlines()[-1].startswith("error: plain replanning has a mean return of -24.8 over 6 episodes"), result.err
     (row,) = costly("eval", "--mode", "corrected", "--arch", "temporal", "--episodes", "1", "--json").document["rows"]
@@ -96,8 +101,9 @@ def test_promises_that_cannot_be_kept_are_refused_before_anything_is_fitted(with
     assert with_teacher("collect", "--episodes", "2").code == 0
     refused = {
         ("--max-return-loss", "0"): "between 0 and 1",
+        ("--calibrate-episodes", "30"): "no meaning without --max-return-loss",
         ("--max-return-loss", "1.5"): "between 0 and 1",
-        ("--max-return-loss", "0.5", "--calibrate-episodes", "3"): "at least 10",
+        ("--max-return-loss", "0.5", "--calibrate-episodes", "3"): "at least 20",
     }
     for options, expected in refused.items():
         assert expected in with_teacher.fails("fit-corrector", *options)

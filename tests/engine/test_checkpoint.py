@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import pickle
 from pathlib import Path
@@ -10,14 +12,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from specmpc_cli.engine.checkpoint import CorrectorFacts, load_corrector, load_world_model, save_corrector, save_world_model, weights_sha256
+from specmpc_cli.engine.checkpoint import (
+    CORRECTOR_KIND,
+    CorrectorFacts,
+    load_corrector,
+    load_world_model,
+    save_corrector,
+    save_world_model,
+    weights_sha256,
+)
 from specmpc_cli.engine.correctors import CORRECTORS, CorrectorDims, build_corrector
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.official import load_official, official_state, read_official, save_official
 from specmpc_cli.errors import CheckpointError
 from tests.conftest import DATA, make_model
 
-FACTS = CorrectorFacts("abc", GateRule(12, replan_above=0.5, replan_above_error=0.1, metric="l1"), calibrated=True)
+FACTS = CorrectorFacts("abc", GateRule(12, replan_above=0.5, replan_above_error=0.1, metric="l1"), {"planner": {"horizon": 3}})
 
 
 @pytest.mark.parametrize("options", [{}, {"num_q": 5, "episodic": True}])
@@ -37,6 +47,15 @@ def test_correctors_survive_the_disk_with_their_gate(tmp_path: Path, arch: str) 
     assert loaded.arch == arch and facts == FACTS
     rounded = [value.half().float() for value in network.state_dict().values()]
     assert all(torch.equal(a, b) for a, b in zip(rounded, loaded.state_dict().values(), strict=True))
+
+
+def test_correctors_of_before_there_was_a_calibration_are_uncalibrated(tmp_path: Path) -> None:
+    network = build_corrector("two-tower", CorrectorDims(16, 2, 32, 4))
+    gate = {"metric": "l2", "accept_below": -math.inf, "replan_above": math.inf, "calibrated": False}
+    metadata = {"kind": CORRECTOR_KIND, "teacher_sha256": "abc", "config": json.dumps(network.config()), "gate": json.dumps(gate)}
+    save_file(network.state_dict(), tmp_path / "old.safetensors", metadata)
+    _, facts = load_corrector(tmp_path / "old.safetensors")
+    assert facts == CorrectorFacts("abc", GateRule(20)) and not facts.calibrated
 
 
 def test_a_teacher_in_half_precision_is_half_as_large_and_keeps_its_hash(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from specmpc_cli.envs.registry import lookup
 from specmpc_cli.errors import CheckpointError, ConfigError
 from specmpc_cli.runtime import Runtime
 from specmpc_cli.workflows import acting
-from specmpc_cli.workflows.acting import Mode, Way, Workbench, adaptive_way, planner_settings
+from specmpc_cli.workflows.acting import Mode, Way, Workbench, adaptive_way, broken_promise, planner_settings, promise_settings
 from specmpc_cli.workflows.store import FittedCorrector, Teacher
 from tests.conftest import make_model
 
@@ -32,7 +32,7 @@ def bench(runtime: Runtime = CPU, config: Config = SMALL) -> Workbench:
 
 
 def corrector(*, teacher: str = "abc", calibrated: bool = False) -> FittedCorrector:
-    facts = CorrectorFacts(teacher, GateRule(15, 0.1, 0.4, metric="l1"), calibrated)
+    facts = CorrectorFacts(teacher, GateRule(15, 0.1, 0.4, 0.3, "l1"), promise_settings(SMALL) if calibrated else None)
     return FittedCorrector(build_corrector("two-tower", CorrectorDims(16, 2, 16, 4)).eval(), facts, "store", Path("corrector"))
 
 
@@ -61,9 +61,12 @@ def test_gates_come_from_the_mode_or_the_corrector() -> None:
 
 def test_adaptive_takes_a_calibrated_gate_or_both_thresholds() -> None:
     way = adaptive_way(corrector(calibrated=True), SMALL, None, None)
-    assert way.rule == GateRule(15, 0.1, 0.4, metric="l1")  # plans live as long as they did while the promise was checked
+    assert way.rule == GateRule(15, 0.1, 0.4, 0.3, "l1")  # plans live as long as they did while the promise was checked
     by_hand = adaptive_way(corrector(), SMALL, 0.2, 0.3).rule
     assert by_hand == GateRule(20, 0.2, 0.3, metric="l1")
+    # thresholds by hand are a gate of their own; one alone changes the calibrated one
+    assert adaptive_way(corrector(calibrated=True), SMALL, 0.2, 0.3).rule == GateRule(20, 0.2, 0.3, metric="l1")
+    assert adaptive_way(corrector(calibrated=True), SMALL, None, 0.9).rule == GateRule(15, 0.1, 0.9, 0.3, "l1")
     shorter = SMALL.model_copy(update={"speculation": SpeculationConfig(max_age=4)})
     assert adaptive_way(corrector(calibrated=True), shorter, None, None).horizon == 4
     for one in ((0.2, None), (None, 0.3), (None, None)):
@@ -94,3 +97,11 @@ def test_what_is_wrong_with_an_eager_planner_is_not_hidden(monkeypatch: pytest.M
     monkeypatch.setattr(acting, "kernels_for", lambda runtime: Kernels(fail, fail))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="a defect"):
         bench().warm_up()
+
+
+def test_a_promise_holds_for_the_planner_and_the_tail_that_it_was_checked_with() -> None:
+    way = adaptive_way(corrector(calibrated=True), SMALL, None, None)
+    assert broken_promise(way, SMALL) is None
+    for other in ({"planner": PlannerConfig()}, {"speculation": SpeculationConfig(tail="hold")}):
+        assert "no promise holds here" in (broken_promise(way, SMALL.model_copy(update=other)) or "")
+    assert broken_promise(Way(Mode.CORRECTED, 6, corrector(calibrated=True)), Config()) is None

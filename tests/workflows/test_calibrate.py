@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from specmpc_cli.config.schema import Config
+from specmpc_cli.config.schema import Config, SpeculationConfig
 from specmpc_cli.engine.checkpoint import CorrectorFacts
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import PlannerSettings
@@ -25,7 +25,7 @@ from specmpc_cli.types import Decision, EnvSpec, Plan
 from specmpc_cli.workflows import calibrate as module
 from specmpc_cli.workflows.acting import Way
 from specmpc_cli.workflows.calibrate import Calibration, Calibrator, check_promise, kept_at_least, paths
-from specmpc_cli.workflows.labelling import AUDIT_EVERY, Auditor
+from specmpc_cli.workflows.labelling import AUDIT_SHARE, Auditor, is_audited
 from specmpc_cli.workflows.rollout import Episode, EpisodeStats, rollout
 from specmpc_cli.workflows.store import FittedCorrector
 from tests.fakes import ConstantCorrector, CountingModel, CountingSimulator, ScriptedPlanner, counting_envs
@@ -41,6 +41,7 @@ class Slipping(CountingSimulator):
     tail_reward: float = 8.0
     success: Callable[[int, int], bool] = field(default=lambda slips, seed: False)
     resets: int = 0
+    noise_scale: float = 0.2
 
     def reset(self, seed: int) -> np.ndarray:
         self.terminates, self.actions = False, []
@@ -52,7 +53,7 @@ class Slipping(CountingSimulator):
     def step(self, action: np.ndarray) -> RawStep:
         slipped = action[0] < 0
         self.slips += slipped
-        reward = (self.tail_reward if slipped else 10.0) + 0.2 * self.noise.normal()
+        reward = (self.tail_reward if slipped else 10.0) + self.noise_scale * self.noise.normal()
         return RawStep(super().step(action).obs, float(reward), success=self.success(self.slips, self.seed))
 
 
@@ -83,7 +84,7 @@ class Bench:
 def corrector() -> FittedCorrector:
     network = ConstantCorrector(0.0)
     network.arch = "two-tower"  # type: ignore[attr-defined]
-    return FittedCorrector(network, CorrectorFacts("abc", GateRule(20), calibrated=False), "memory", Path())  # type: ignore[arg-type]
+    return FittedCorrector(network, CorrectorFacts("abc", GateRule(20)), "memory", Path())  # type: ignore[arg-type]
 
 
 def calibrate(
@@ -93,6 +94,8 @@ def calibrate(
     episodes: int = 20,
     has_success: bool = False,
     planner_horizon: int = 3,
+    config: Config | None = None,
+    runs: list[tuple[str, int]] | None = None,
     **world: Any,
 ) -> tuple[Calibration, list[tuple[str, int]]]:
     """A calibration, and what it ran."""
@@ -100,10 +103,12 @@ def calibrate(
     envs = VectorEnv([TaskEnv(spec, Slipping(**world)) for _ in range(4)])
     monkeypatch.setattr(module.VectorEnv, "make", lambda *_: envs)
     monkeypatch.setattr(module, "own_spread", lambda _: 0.04)
-    runs: list[tuple[str, int]] = []
+    runs = [] if runs is None else runs
     options: dict[str, Any] = {"max_return_loss": max_return_loss, "episodes": episodes, "seed": 0, "num_envs": 4}
     planner = SteadyPlanner(CountingModel(drift=0.1), PlannerSettings(discount=0.99, horizon=planner_horizon, iterations=6))
-    with Calibrator(Bench(spec, planner), **options, on_run=lambda what, count: runs.append((what, count))) as calibrator:  # type: ignore[arg-type]
+    with Calibrator(
+        Bench(spec, planner, config or Config()), **options, on_run=lambda what, count: runs.append((what, count))
+    ) as calibrator:  # type: ignore[arg-type]
         return calibrator.calibrate(corrector(), []), runs
 
 
@@ -128,22 +133,28 @@ def test_the_boldest_gate_that_keeps_the_promise_is_found_and_judged_on_fresh_ep
 
 
 def test_the_audit_counts_kept_steps_far_from_a_fresh_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Actions of the tail are −0.5, those of fresh plans above 0: further apart than 0.2. Every 7th of 40 steps is compared."""
+    """Actions of the tail are −0.5, those of fresh plans above 0: further apart than 0.2, on 17 of 20 steps."""
     free, _ = calibrate(monkeypatch, 0.5)
-    audited = range(0, STEPS, AUDIT_EVERY)
-    wrong = [step % 20 >= 3 for step in audited]
-    assert free.audit.steps == 20 * len(audited)
-    assert free.audit.share == pytest.approx(np.mean(wrong)) == free.audit.episode_bound
+    assert free.audit.steps == pytest.approx(20 * STEPS * AUDIT_SHARE, abs=20)
+    assert free.audit.share == pytest.approx(17 / 20, abs=0.1) and free.audit.share <= free.audit.episode_bound <= 1
     careful, _ = calibrate(monkeypatch, 0.02)
     assert careful.audit.share == 0 == careful.audit.episode_bound
 
 
 def test_planner_calls_of_the_calibration_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     free, _ = calibrate(monkeypatch, 0.5)
-    kept = sum(step % 20 != 0 for step in range(0, STEPS, AUDIT_EVERY))
-    audits = 20 * len(range(0, STEPS, AUDIT_EVERY))
-    assert kept < audits / 20
-    assert free.planner_calls == 6 * STEPS + 20 * STEPS + (6 + 20) * STEPS // 20 + audits
+    streams = [Episode(Purpose.CALIBRATE, 0, index).stream for index in range(20)]
+    audits = sum(bool(is_audited(torch.tensor(stream), torch.tensor(step))) for stream in streams for step in range(STEPS) if step % 20)
+    assert free.planner_calls == (6 + 20) * STEPS + (6 + 20) * STEPS // 20 + audits
+
+
+@pytest.mark.parametrize("length", range(2, 21))
+def test_no_plan_length_falls_into_step_with_the_audit(length: int) -> None:
+    """Of each age within a plan about as many steps are compared."""
+    steps = torch.arange(2000)
+    audited = is_audited(torch.tensor(Episode(Purpose.CALIBRATE, 0, 0).stream), steps)
+    by_age = torch.stack([audited[steps % length == age].float().mean() for age in range(length)])
+    assert ((by_age > 0.09) & (by_age < 0.2)).all(), by_age
 
 
 def test_a_bound_that_no_gate_meets_is_said_with_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,8 +182,23 @@ def test_a_gate_that_only_looked_good_makes_no_promise(monkeypatch: pytest.Monke
 
 
 def test_plain_replanning_that_earns_nothing_cannot_be_promised_a_share_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[tuple[str, int]] = []
     with pytest.raises(CalibrationFailed, match="mean success rate of 0 over 55 episodes"):
-        calibrate(monkeypatch, 0.02, episodes=183, has_success=True)
+        calibrate(monkeypatch, 0.02, episodes=183, has_success=True, runs=runs)
+    assert runs == [("plain replanning (tune)", 55)]
+
+
+def test_promises_that_plain_replanning_leaves_no_room_for_are_refused_before_any_gate_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CalibrationFailed, match=r"succeeds in \d+% of 12 episodes, .* needs 36 successes: take --calibrate-episodes \d+"):
+        calibrate(monkeypatch, 0.1, episodes=40, has_success=True, success=lambda slips, seed: seed % 3 > 0)
+    with pytest.raises(CalibrationFailed, match="returns 400 in each of 6 episodes: .* needs --calibrate-episodes 183 or more"):
+        calibrate(monkeypatch, 0.02, noise_scale=0.0)
+
+
+def test_a_gate_that_saves_nothing_is_no_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config(speculation=SpeculationConfig(max_age=1))
+    with pytest.raises(CalibrationFailed, match="keeps the loss within 0.2"):
+        calibrate(monkeypatch, 0.2, config=config)
 
 
 def test_success_is_promised_from_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,12 +211,12 @@ def test_promises_that_the_episodes_cannot_support_are_refused_before_anything_r
     for loss in (0.0, 1.0, -0.1, math.nan):
         with pytest.raises(ConfigError, match="--max-return-loss is a share"):
             check_promise(loss, 20, has_success=False)
-    with pytest.raises(ConfigError, match="--calibrate-episodes must be at least 10"):
-        check_promise(0.02, 9, has_success=False)
+    with pytest.raises(ConfigError, match="--calibrate-episodes must be at least 20"):
+        check_promise(0.02, 19, has_success=False)
     with pytest.raises(ConfigError, match="needs --calibrate-episodes 183 or more, got 182"):
         check_promise(0.02, 182, has_success=True)
     check_promise(0.02, 183, has_success=True)
-    check_promise(0.02, 10, has_success=False)
+    check_promise(0.02, 20, has_success=False)
 
 
 def test_episodes_without_spread_are_no_certainty() -> None:
@@ -213,7 +239,7 @@ def test_paths_lead_from_bold_to_careful() -> None:
     assert all(rule.horizon == 10 and rule.replan_above_error == math.inf for rule in mismatches)
 
 
-def test_auditing_changes_no_action_and_compares_every_seventh_step() -> None:
+def test_auditing_changes_no_action() -> None:
     def run(audited: bool) -> list[Any]:
         model = CountingModel()
         runner = SpeculativeRunner(model, ScriptedPlanner(model), GateRule(5), ConstantCorrector(0.0))  # type: ignore[arg-type]
@@ -225,7 +251,9 @@ def test_auditing_changes_no_action_and_compares_every_seventh_step() -> None:
     plain, audited = run(False), run(True)
     assert [step.log.decision for step in plain] == [step.log.decision for step in audited]
     checked = [step for step in audited if step.log.audited]
-    assert [step.step for step in checked] == [0, 7, 14]
+    stream = Episode(Purpose.CALIBRATE, 0, 0).stream
+    assert [step.step for step in checked] == [step for step in range(20) if is_audited(torch.tensor(stream), torch.tensor(step))]
+    assert checked
     for step in checked:
         assert float(step.log.error) >= 0 and (step.log.decision != Decision.REPLAN or step.log.error == 0)
     assert all(math.isnan(step.log.error) for step in audited if not step.log.audited)

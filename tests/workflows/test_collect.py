@@ -8,7 +8,8 @@ from specmpc_cli.workflows.collect import plan_round
 
 
 def test_rounds_mix_the_teacher_with_naive_reuse_and_then_with_the_corrector_on_longer_plans() -> None:
-    first, second = (plan_round(round_, 10, CollectConfig()) for round_ in (1, 2))
+    config = CollectConfig()
+    first, second = (plan_round(round_, 10, config.horizons_of(round_), config.teacher_share) for round_ in (1, 2))
     assert [item.horizon for item in first] == [6, 3, 12, 6, 3, 12, 6, 3, 12, 6]
     assert [item.horizon for item in second] == [12, 20, 6, 12, 20, 6, 12, 20, 6, 12]
     for items, behaviour in ((first, Behaviour.NAIVE), (second, Behaviour.CORRECTED)):
@@ -17,6 +18,5 @@ def test_rounds_mix_the_teacher_with_naive_reuse_and_then_with_the_corrector_on_
 
 
 def test_a_longer_round_begins_with_the_shorter_one_and_no_two_rounds_share_an_episode() -> None:
-    config = CollectConfig(later_horizons=(8,), teacher_share=0.5)
-    assert plan_round(3, 9, config)[:4] == plan_round(3, 4, config)
-    assert len({item.index for round_ in (1, 2, 3) for item in plan_round(round_, 500, config)}) == 1500
+    assert plan_round(3, 9, (8, 5), 0.5)[:4] == plan_round(3, 4, (8, 5), 0.5)
+    assert len({item.index for round_ in (1, 2, 3) for item in plan_round(round_, 500, (8,), 0.5)}) == 1500

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.runtime import Purpose
 from specmpc_cli.types import Decision, ReplanReason
 from specmpc_cli.workflows.acting import Mode, Way
@@ -15,6 +16,7 @@ from specmpc_cli.workflows.evaluate import make_row
 from specmpc_cli.workflows.plots import pareto_front
 from specmpc_cli.workflows.rollout import Episode, EpisodeStats
 
+GATE = GateRule(4, accept_below=math.inf)
 LATENCY = np.arange(1.0, 101.0)
 A, C, R = Decision.ACCEPT, Decision.CORRECT, Decision.REPLAN
 
@@ -42,8 +44,9 @@ BASELINE = [episode(0, [4, 4, 4, 4], [R] * 4, success=True), episode(1, [6, 6, 6
 
 
 def test_a_rows_numbers() -> None:
-    row = make_row(Way(Mode.NAIVE, 4), EPISODES, BASELINE, LATENCY, use_success=False)
+    row = make_row(Way(Mode.NAIVE, 4), EPISODES, BASELINE, LATENCY, use_success=False, gate=GATE)
     assert (row["return_mean"], row["return_median"], row["return_cvar05"]) == (15, 15, 10)
+    assert row["gate"] == {"horizon": 4, "accept_below": None, "replan_above": None, "replan_above_error": None, "metric": "l2"}
     assert row["return_vs_baseline"] == pytest.approx(30 / 40)
     assert (row["planner_calls_per_episode"], row["planner_iterations_per_episode"], row["calls_saved"]) == (1.5, 9, 1 - 3 / 8)
     assert (row["accept_rate"], row["correct_rate"], row["replan_rate"], row["fallback_rate"]) == (2 / 8, 3 / 8, 3 / 8, 1 / 8)
@@ -60,14 +63,14 @@ def test_a_rows_numbers() -> None:
 
 
 def test_tasks_with_success_are_compared_by_success() -> None:
-    row = make_row(Way(Mode.NAIVE, 4), EPISODES, BASELINE, LATENCY, use_success=True)
+    row = make_row(Way(Mode.NAIVE, 4), EPISODES, BASELINE, LATENCY, use_success=True, gate=GATE)
     assert (row["success_rate"], row["return_vs_baseline"]) == (0.5, 0.5)
     assert [line["success"] for line in row["episodes"]] == [False, True]
 
 
 def test_requirements() -> None:
     both = parse_requirements("calls_saved >= 0.3, return_vs_baseline<0.8")
-    row = make_row(Way(Mode.NAIVE, 4), EPISODES, BASELINE, LATENCY, use_success=False)
+    row = make_row(Way(Mode.NAIVE, 4), EPISODES, BASELINE, LATENCY, use_success=False, gate=GATE)
     assert all(requirement.holds(row) for requirement in both)
     assert not Requirement("success_rate", ">=", 0.0).holds(row)  # null meets nothing
     assert all(row[field] is None or isinstance(row[field], float | int) for field in REQUIRABLE)
