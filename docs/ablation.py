@@ -2,8 +2,8 @@
 
     python docs/ablation.py STORE TASK [--episodes 6] [--horizons 10,20] [--seed 1] [--out ablation.json]
 
-STORE holds a teacher and data of TASK, with several rounds. Prints the table of docs/savings.md: return against plain replanning, on
-`compare` episodes of a seed that chose nothing.
+STORE holds a teacher and data of TASK, with several rounds. Prints a table: return (or success) against plain replanning, on `compare`
+episodes of a seed that chose nothing.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def only_z(visit: Visit) -> Visit:
     return replace(visit, z_pred=visit.z, planned=nothing, prior=nothing, age=torch.zeros_like(visit.age))
 
 
-def without_difference(visit: Visit) -> Visit:
+def without_prediction(visit: Visit) -> Visit:
     return replace(visit, z_pred=visit.z)
 
 
@@ -163,7 +163,7 @@ def main() -> None:
     study.at_horizons("two-tower, labels: drawn actions", horizons, study.fit("two-tower", study.shards, label="a_teacher"))
     variants: dict[str, Callable[[BaseCorrector], Any]] = {
         "two-tower without the policy prior": lambda network: Masked(network, without_prior),
-        "two-tower without the predicted latent": lambda network: Masked(network, without_difference),
+        "two-tower without the predicted latent": lambda network: Masked(network, without_prediction),
         "plain distillation: z alone, same size": lambda network: Masked(network, only_z, whole=True),
     }
     for name, wrap in variants.items():
