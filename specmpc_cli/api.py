@@ -19,7 +19,7 @@ from specmpc_cli.envs.registry import is_task, lookup
 from specmpc_cli.errors import ConfigError
 from specmpc_cli.runtime import Purpose, choose_runtime, stream_key
 from specmpc_cli.types import StepLog
-from specmpc_cli.workflows.acting import Mode, Way, Workbench, choose_way
+from specmpc_cli.workflows.acting import Mode, Way, Workbench, broken_promise, choose_way
 from specmpc_cli.workflows.store import Store, config_of
 
 
@@ -83,7 +83,7 @@ def load_controller(
         mode: baseline, policy, naive, corrected or adaptive.
         horizon: env steps per plan for naive and corrected, 6 if left out.
         arch: two-tower or temporal; for corrected and adaptive, the first one that fits the teacher if left out.
-        accept_below, replan_above: gate thresholds of adaptive mode, where the corrector carries no calibrated ones.
+        accept_below, replan_above: thresholds of a gate by hand, instead of the one that the corrector carries or lacks.
 
     Raises:
         SpecMPCError: the same errors as the commands, with their remedies.
@@ -92,10 +92,9 @@ def load_controller(
     teacher = place.teacher()
     bench = Workbench(teacher, lookup(place.task).spec, config_of(teacher, [], []), choose_runtime(device, dtype))
     way = choose_way(place, bench, mode, horizon=horizon, arch=arch, accept_below=accept_below, replan_above=replan_above)
-    if way.mode is not Mode.POLICY:
-        problem = bench.warm_up([way])
-        if problem:
-            warnings.warn(problem, stacklevel=2)
+    problems = [broken_promise(way, bench.config), None if way.mode is Mode.POLICY else bench.warm_up([way])]
+    for problem in filter(None, problems):
+        warnings.warn(problem, stacklevel=2)
     return Controller(bench, way, seed)
 
 

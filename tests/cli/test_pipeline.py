@@ -16,7 +16,7 @@ import pytest
 from tests.cli.conftest import Command
 
 ROW = {
-    "mode", "horizon", "corrector", "return_mean", "return_ci95", "return_median", "return_cvar05", "return_vs_baseline",
+    "mode", "horizon", "corrector", "gate", "return_mean", "return_ci95", "return_median", "return_cvar05", "return_vs_baseline",
     "return_vs_baseline_ci95", "success_rate", "termination_rate", "env_steps_per_episode", "planner_calls_per_episode",
     "planner_iterations_per_episode", "calls_saved", "accept_rate", "correct_rate", "replan_rate", "fallback_rate",
     "correction_norm_mean", "step_ms_p50", "step_ms_p99", "control_hz", "steps_per_plan_hist", "by_age", "episodes",
