@@ -30,7 +30,7 @@ from specmpc_cli.learning.corrector_fit import FitSettings, TupleTable, fit_corr
 from specmpc_cli.runtime import Purpose, choose_runtime
 from specmpc_cli.types import Visit
 from specmpc_cli.workflows.acting import Workbench
-from specmpc_cli.workflows.evaluate import episodes_of
+from specmpc_cli.workflows.evaluate import calls_saved, episodes_of, scores_of
 from specmpc_cli.workflows.fit_corrector import load_tuples
 from specmpc_cli.workflows.rollout import EpisodeStats, rollout
 from specmpc_cli.workflows.statistics import ratio, ratio_ci95
@@ -86,7 +86,7 @@ class Study:
         self.episodes = {purpose: episodes_of(purpose, seed, episodes) for purpose in (Purpose.COMPARE, Purpose.TUNE)}
         self.envs = VectorEnv.make(task, min(episodes, 10))
         self.rows: list[dict[str, Any]] = []
-        self.baseline = self.scores(self.run(GateRule(1)))
+        self.baseline = scores_of(self.run(GateRule(1)), self.bench.spec.has_success)
 
     def fit(
         self,
@@ -108,19 +108,13 @@ class Study:
         fit_corrector(network, table, *split_by_episode(group, config.validation_share, 0), settings, seed=0)
         return network
 
-    def scores(self, stats: list[EpisodeStats]) -> np.ndarray:
-        """Success where the task has it, else return."""
-        success = self.bench.spec.has_success
-        return np.array([float(stat.success) if success else stat.episode_return for stat in stats])
-
     def run(self, rule: GateRule, corrector: Any = None, purpose: Purpose = Purpose.COMPARE, **options: Any) -> list[EpisodeStats]:
         history = corrector.dims.history if corrector is not None else 8
         runner = SpeculativeRunner(self.bench.model, self.bench.planner, rule, corrector, history=history, **options)
         return rollout(runner, self.envs, self.episodes[purpose], device=self.bench.runtime.device)
 
     def add(self, name: str, setting: str, stats: list[EpisodeStats]) -> None:
-        score = self.scores(stats)
-        saved = 1 - sum(stat.planner_calls for stat in stats) / sum(stat.env_steps for stat in stats)
+        score, saved = scores_of(stats, self.bench.spec.has_success), calls_saved(stats)
         kept, interval = ratio(score, self.baseline), ratio_ci95(score, self.baseline)
         self.rows.append({"variant": name, "setting": setting, "calls_saved": saved, "mean": score.mean(), "kept": kept, "ci95": interval})
         share = f"{kept:.1%} ({interval[0]:.1%} to {interval[1]:.1%})" if kept is not None and interval is not None else "–"

@@ -105,14 +105,14 @@ def fit_corrector(
     from specmpc_cli.cli.tables import fit_table
     from specmpc_cli.engine.correctors import CORRECTORS
     from specmpc_cli.workflows.acting import DEFAULT_HORIZON, Mode, Way, check_archs
-    from specmpc_cli.workflows.calibrate import check_promise
+    from specmpc_cli.workflows.calibrate import FEWEST_EPISODES, check_promise
     from specmpc_cli.workflows.fit_corrector import as_corrector, fit, measure_label_noise, save
 
     out = output_for(common)
     archs = check_archs(list(dict.fromkeys(arch or CORRECTORS)))
     settings = [*(set_ or []), *([f"corrector.epochs={epochs}"] if epochs else [])]
     store, bench = open_store(common, out, task, preset, settings)
-    promise_over = calibrate_episodes or 20
+    promise_over = calibrate_episodes or FEWEST_EPISODES
     if max_return_loss is not None:
         check_promise(max_return_loss, promise_over, bench.spec.has_success)
     elif calibrate_episodes is not None:

@@ -32,7 +32,10 @@ def runtime_for(common: Common, out: Output) -> "Runtime":
 
 def describe(runtime: "Runtime") -> str:
     """`cpu, fp32, compiled, 2 threads`."""
-    return f"{runtime.device}, {runtime.dtype_name}, {'compiled' if runtime.compiled else 'eager'}, {runtime.threads} threads"
+    from specmpc_cli.workflows.plots import computed_on
+
+    facts = {"device": runtime.device, "dtype": runtime.dtype_name, "compiled": runtime.compiled, "threads": runtime.threads}
+    return computed_on(facts)
 
 
 def open_store(

@@ -244,17 +244,17 @@ def adaptive_way(corrector: FittedCorrector, config: Config, accept_below: float
     Raises:
         ConfigError: neither a calibrated gate nor both thresholds, or thresholds in the wrong order.
     """
-    longest, calibrated = config.speculation.max_age, corrector.facts.calibrated
-    horizon = min(longest, corrector.facts.gate.horizon) if calibrated else longest
-    if not calibrated and (accept_below is None or replan_above is None):
+    longest, gate = config.speculation.max_age, corrector.facts.gate
+    if accept_below is not None and replan_above is not None:  # a gate of the user's own, without the bounds of the calibrated one
+        rule = GateRule(longest, metric=gate.metric)
+    elif corrector.facts.calibrated:
+        rule = replace(gate, horizon=min(longest, gate.horizon))
+    else:
         raise ConfigError(
             f"adaptive mode needs a gate, and the {corrector.arch} corrector in {corrector.path} carries no calibrated one; "
             "calibrate one with 'specmpc fit-corrector --max-return-loss 0.02', or give thresholds with --accept-below and --replan-above"
         )
-    if accept_below is not None and replan_above is not None:  # a gate of the user's own, without the bounds of the calibrated one
-        rule = GateRule(longest, metric=corrector.facts.gate.metric)
-        return Way(Mode.ADAPTIVE, longest, corrector, with_thresholds(rule, accept_below, replan_above))
-    return Way(Mode.ADAPTIVE, horizon, corrector, with_thresholds(corrector.rule(horizon), accept_below, replan_above))
+    return Way(Mode.ADAPTIVE, rule.horizon, corrector, with_thresholds(rule, accept_below, replan_above))
 
 
 def promise_settings(config: Config) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from specmpc_cli.errors import CalibrationFailed, ConfigError
 from specmpc_cli.runtime import Purpose
 from specmpc_cli.types import Actor, Decision, ReplanReason
 from specmpc_cli.workflows.acting import Mode, Way, Workbench
-from specmpc_cli.workflows.evaluate import episodes_of
+from specmpc_cli.workflows.evaluate import calls_saved, episodes_of, scores_of
 from specmpc_cli.workflows.labelling import AuditedLog, Auditor
 from specmpc_cli.workflows.rollout import EpisodeStats, Transition, rollout
 from specmpc_cli.workflows.statistics import conformal_bound, fewest_episodes, lost_share_bound, ratio, ratio_ci95
@@ -210,10 +210,10 @@ class Calibrator:
                 return Calibration(self._max_return_loss, self._seed, promise, audit, tuned, calls, seconds)
         raise CalibrationFailed(self._why(corrector, tuned, tested))
 
-    def _search(self, corrector: FittedCorrector, paths: Sequence[Sequence[GateRule]]) -> list[Trial]:
+    def _search(self, corrector: FittedCorrector, gates: Sequence[Sequence[GateRule]]) -> list[Trial]:
         """Gates tried on the tune episodes: on each path, from bold to careful, a bisection for the boldest that loses little enough."""
         tuned = []
-        for path in paths:
+        for path in gates:
             low, high = 0, len(path)
             while low < high:
                 middle = (low + high) // 2
@@ -273,8 +273,7 @@ class Calibrator:
         if kept is None:  # on other episodes than those that gave hope
             raise CalibrationFailed(f"plain replanning earns {reference.mean():.3g} on average over {len(reference)} {purpose} episodes")
         worst = float((score / reference).min()) if (reference > 0).all() else None
-        saved = 1 - sum(stat.planner_calls for stat in stats) / sum(stat.env_steps for stat in stats)
-        trial = Trial(rule, len(stats), saved, kept, kept_at_least(score, reference, self._bench.spec.has_success), worst)
+        trial = Trial(rule, len(stats), calls_saved(stats), kept, kept_at_least(score, reference, self._bench.spec.has_success), worst)
         if self._on_trial is not None:
             self._on_trial(corrector.arch, trial)
         return trial
@@ -286,9 +285,7 @@ class Calibrator:
         return self._baselines[purpose]
 
     def _scores(self, stats: list[EpisodeStats]) -> np.ndarray:
-        if self._bench.spec.has_success:
-            return np.array([float(stat.success) for stat in stats])
-        return np.array([stat.episode_return for stat in stats])
+        return scores_of(stats, self._bench.spec.has_success)
 
     def _run(
         self, what: str, purpose: Purpose, actor: Actor[Any], on_step: Callable[[Transition], None] | None = None
@@ -303,8 +300,7 @@ class Calibrator:
             if on_step is not None:
                 on_step(transition)
 
-        stats = rollout(actor, self._envs, episodes, device=self._bench.runtime.device, on_step=step)
-        return stats
+        return rollout(actor, self._envs, episodes, device=self._bench.runtime.device, on_step=step)
 
 
 def paths(free: GateRule, stats: Sequence[EpisodeStats]) -> list[list[GateRule]]:

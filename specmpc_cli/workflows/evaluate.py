@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,16 @@ def measure_latency(bench: Workbench, way: Way, envs: VectorEnv, seed: int) -> n
     return np.array(times[min(LATENCY_WARM_UP, len(times) // 2) :])
 
 
+def scores_of(stats: Sequence[EpisodeStats], use_success: bool) -> np.ndarray:
+    """What ways are compared by [episodes]: success where the task has it, else return."""
+    return np.array([float(stat.success) if use_success else stat.episode_return for stat in stats])
+
+
+def calls_saved(stats: Sequence[EpisodeStats]) -> float:
+    """1 − planner calls / env steps, over all episodes."""
+    return 1 - sum(stat.planner_calls for stat in stats) / sum(stat.env_steps for stat in stats)
+
+
 def make_row(
     way: Way,
     stats: list[EpisodeStats],
@@ -68,9 +78,7 @@ def make_row(
     gate: GateRule | None,
 ) -> Row:
     """One row of a report (docs/json.md). `baseline` None leaves the comparison empty."""
-    returns = np.array([stat.episode_return for stat in stats])
-    success = np.array([stat.success for stat in stats], dtype=float)
-    score = success if use_success else returns
+    returns, success = scores_of(stats, use_success=False), scores_of(stats, use_success=True)
     steps = sum(stat.env_steps for stat in stats)
     calls = sum(stat.planner_calls for stat in stats)
     row: Row = {
@@ -89,7 +97,7 @@ def make_row(
         "env_steps_per_episode": steps / len(stats),
         "planner_calls_per_episode": calls / len(stats),
         "planner_iterations_per_episode": sum(sum(stat.planner_iterations) for stat in stats) / len(stats),
-        "calls_saved": 1 - calls / steps,
+        "calls_saved": calls_saved(stats),
         **_gate_rates(way, stats, steps),
         "step_ms_p50": float(np.quantile(latency, 0.5)),
         "step_ms_p99": float(np.quantile(latency, 0.99)),
@@ -108,7 +116,7 @@ def make_row(
         ],
     }
     if baseline is not None:
-        reference = np.array([float(stat.success) if use_success else stat.episode_return for stat in baseline])
+        score, reference = success if use_success else returns, scores_of(baseline, use_success)
         row["return_vs_baseline"] = ratio(score, reference)
         row["return_vs_baseline_ci95"] = ratio_ci95(score, reference)
     return row
