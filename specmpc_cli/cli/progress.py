@@ -60,7 +60,8 @@ class TrainingDisplay:
         """Each line of metrics.jsonl."""
         if line["event"] == "eval":
             returns = ", ".join(f"{value:.0f}" for value in line["returns"])
-            self._out.note(f"after {line['decisions']} decisions: evaluation return {line['return_mean']:.1f} ({returns})")
+            success = f", success {line['success_rate']:.0%}" if "success_rate" in line else ""
+            self._out.note(f"after {line['decisions']} decisions: evaluation return {line['return_mean']:.1f} ({returns}){success}")
 
     def _mark(self, decisions: int) -> None:
         now = time.monotonic()
@@ -80,7 +81,9 @@ class TrainingDisplay:
 def show_report(out: Output, report: dict[str, Any]) -> None:
     """What a training that ended leaves to say."""
     out.say(f"trained: {report['decisions']} decisions, {report['updates']} updates, {report['seconds'] / 60:.0f} min")
-    out.say(f"last evaluation: return {report['return_mean']:.1f} over {len(report['returns'])} episodes")
+    decisions = report["teacher_decisions"]
+    which = "last evaluation" if decisions == report["decisions"] else f"best evaluation (after {decisions} decisions, and kept)"
+    out.say(f"{which}: return {report['return_mean']:.1f} over {len(report['returns'])} episodes")
     out.say(f"teacher: {report['path']}")
     out.say(f"curve:   {report['curve']}")
 

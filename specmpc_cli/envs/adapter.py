@@ -5,6 +5,7 @@ A suite provides a `Simulator` (raw steps in its own units); `TaskEnv` makes a G
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import gymnasium
@@ -12,6 +13,8 @@ import numpy as np
 
 from specmpc_cli.errors import SpecMPCError
 from specmpc_cli.types import EnvSpec
+
+Script = Callable[[np.ndarray], np.ndarray]  # a scripted policy: observation [O] → action [A] in [-1, 1]
 
 
 class RawStep(NamedTuple):

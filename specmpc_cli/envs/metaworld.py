@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from gymnasium.spaces import Box
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+from metaworld.policies import ENV_POLICY_MAP
 
-from specmpc_cli.envs.adapter import RawStep
+from specmpc_cli.envs.adapter import RawStep, Script
 
 
 class MetaWorldSimulator:
@@ -52,3 +55,15 @@ class MetaWorldSimulator:
 def make_simulator(task: str) -> MetaWorldSimulator:
     """The simulator of `mw-NAME`."""
     return MetaWorldSimulator(task.removeprefix("mw-"))
+
+
+def make_script(task: str) -> Script:
+    """Meta-World's own scripted policy of `mw-NAME`; it solves nearly every episode, at our action repeat too."""
+    policy = ENV_POLICY_MAP[f"{task.removeprefix('mw-')}-v3"]()
+
+    def act(obs: np.ndarray) -> np.ndarray:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that some of its forces exceed the action's bounds; they are clipped
+            return np.clip(policy.get_action(obs.astype(np.float64)), -1.0, 1.0).astype(np.float32)
+
+    return act

@@ -7,9 +7,10 @@ import importlib
 import importlib.util
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from types import ModuleType
 
-from specmpc_cli.envs.adapter import TaskEnv
-from specmpc_cli.errors import SuiteNotInstalled, UnknownTask
+from specmpc_cli.envs.adapter import Script, TaskEnv
+from specmpc_cli.errors import ConfigError, SuiteNotInstalled, UnknownTask
 from specmpc_cli.types import EnvSpec
 
 
@@ -153,14 +154,26 @@ def make_env(task: str) -> TaskEnv:
         SuiteNotInstalled: what the task needs is missing, or fails to import; AssetsMissing: or has not been downloaded.
     """
     entry = lookup(task)
-    suite = entry.suite
+    simulator = _module_of(entry).make_simulator(task)
+    assert (simulator.obs_dim, len(simulator.action_low)) == (entry.spec.obs_dim, entry.spec.action_dim), task
+    return TaskEnv(entry.spec, simulator)
+
+
+def make_script(task: str) -> Script:
+    """The scripted policy that the task's suite brings. Raises ConfigError where there is none, and as `make_env` does."""
+    make = getattr(_module_of(lookup(task)), "make_script", None)
+    if make is None:
+        raise ConfigError(f"{task} has no scripted policy to demonstrate it (Meta-World's tasks have); leave train.demonstrations at 0")
+    return make(task)
+
+
+def _module_of(entry: TaskEntry) -> ModuleType:
+    """The module that makes the simulators of an entry's suite. Raises SuiteNotInstalled."""
+    suite, task = entry.suite, entry.spec.task
     if not entry.installed:
         raise SuiteNotInstalled(f"{task} needs {suite.requires}, which is not installed; run: {suite.install}")
     try:
-        module = importlib.import_module(suite.module)
+        return importlib.import_module(suite.module)
     except Exception as error:  # noqa: BLE001 (a suite may break in any way; the reason is what the user needs)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise SuiteNotInstalled(f"{task} needs {suite.requires}, which is installed but fails to import: {reason}") from None
-    simulator = module.make_simulator(task)
-    assert (simulator.obs_dim, len(simulator.action_low)) == (entry.spec.obs_dim, entry.spec.action_dim), task
-    return TaskEnv(entry.spec, simulator)

@@ -117,10 +117,15 @@ class Store:
         self, model: WorldModel, config: dict[str, Any], metrics: list[dict[str, Any]], dtype: torch.dtype = torch.float32
     ) -> Path:
         """Writes the teacher's three files, the weights (in `dtype`) last: a teacher is there when its weights are."""
-        folder = self.folder / "teacher"
+        folder = self.save_teacher_metrics(metrics)
         write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        write_whole(folder / "metrics.jsonl", _jsonl(metrics))
         save_world_model(model, folder / "model.safetensors", dtype)
+        return folder
+
+    def save_teacher_metrics(self, metrics: list[dict[str, Any]]) -> Path:
+        """Renews metrics.jsonl beside a teacher; → its folder."""
+        folder = self.folder / "teacher"
+        write_whole(folder / "metrics.jsonl", _jsonl(metrics))
         return folder
 
     def resume_folder(self) -> Path:

@@ -60,7 +60,7 @@ def begin_training(
         )
     needed = seed_steps(Config.model_validate(facts.config), spec)
     if steps <= needed:
-        raise ConfigError(f"--steps must exceed the {needed} random decisions that come first, got {steps}")
+        raise ConfigError(f"--steps must exceed the {needed} decisions of the seed phase, got {steps}")
     if facts.num_envs * spec.decisions > steps:
         raise ConfigError(
             f"--num-envs {facts.num_envs} episodes of {spec.decisions} decisions are more than --steps {steps}; take fewer environments"
@@ -94,7 +94,8 @@ def _facts(
 
 def training_report(trainer: Trainer, store: Store) -> dict[str, Any]:
     """The document of `train --json` (docs/json.md)."""
-    evaluations = trainer.log.evaluations
+    evaluations, kept = trainer.log.evaluations, trainer.kept_evaluation
+    assert kept is not None, "a training ends with an evaluation"
     folder = store.folder / "teacher"
     return {
         "schema": 1,
@@ -106,7 +107,8 @@ def training_report(trainer: Trainer, store: Store) -> dict[str, Any]:
         "sha256": store.teacher().sha256,
         **asdict(trainer.counters),
         "seconds_this_time": trainer.counters.seconds - trainer.seconds_before,
-        "return_mean": evaluations[-1]["return_mean"],
-        "returns": evaluations[-1]["returns"],
+        "teacher_decisions": kept["decisions"],
+        "return_mean": kept["return_mean"],
+        "returns": kept["returns"],
         "evaluations": [{"decisions": line["decisions"], "return_mean": line["return_mean"]} for line in evaluations],
     }

@@ -25,7 +25,7 @@ Line = dict[str, Any]
 class Progress:
     """What a watcher is shown."""
 
-    phase: str  # "random actions", "first updates", "training" or "evaluating"
+    phase: str  # "seed phase", "first updates", "training" or "evaluating"
     decisions: int = 0
     updates: int = 0
     last_return: float | None = None
@@ -52,6 +52,15 @@ class TrainingLog:
     @property
     def evaluations(self) -> list[Line]:
         return [line for line in self.lines if line["event"] == "eval"]
+
+    @property
+    def last_evaluation(self) -> Line | None:
+        return next(reversed(self.evaluations), None)
+
+    @property
+    def best(self) -> Line | None:
+        """The evaluation with the highest success rate, or return where there is no success; of equals the later."""
+        return max(reversed(self.evaluations), key=lambda line: (line.get("success_rate", 0.0), line["return_mean"]), default=None)
 
     def updated(self, info: UpdateInfo) -> None:
         """An update was made."""

@@ -18,10 +18,11 @@ import torch
 from specmpc_cli.config.presets import read_yaml
 from specmpc_cli.config.schema import Config
 from specmpc_cli.data.replay import Replay, ReplayEpisode
-from specmpc_cli.engine.actors import RandomActor
+from specmpc_cli.engine.actors import RandomActor, ScriptedActor
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.runner import SpeculativeRunner
 from specmpc_cli.engine.world_model import MODEL_SIZES, WorldModel, WorldModelDims
+from specmpc_cli.envs.registry import make_script
 from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.errors import ActionNotFinite, Interrupted, SpecMPCError, StoreError, TrainingDiverged
 from specmpc_cli.learning.learner import Learner, LearnerSettings
@@ -33,7 +34,7 @@ from specmpc_cli.workflows.acting import COMPILER_ERRORS, make_planner, plan_onc
 from specmpc_cli.workflows.plots import plot_training
 from specmpc_cli.workflows.rollout import Episode, Transition, rollout
 from specmpc_cli.workflows.store import Store, timestamp
-from specmpc_cli.workflows.train_log import Progress, TrainingLog, Watcher, not_finite, write_diagnosis
+from specmpc_cli.workflows.train_log import Line, Progress, TrainingLog, Watcher, not_finite, write_diagnosis
 from specmpc_cli.workflows.train_state import Counters, ResumeFolder, SavedTraining, TrainFacts
 
 FINITE_EVERY = {"cpu": 1, "cuda": 100}  # updates between looks for NaN: on a GPU a look waits for the device
@@ -43,8 +44,9 @@ _MIN_SEED_STEPS, _SEED_EPISODES = 1000, 5
 
 
 def seed_steps(config: Config, spec: EnvSpec) -> int:
-    """Random decisions at the start: max(1000, five episodes) unless the config says otherwise."""
-    return config.train.seed_steps or max(_MIN_SEED_STEPS, _SEED_EPISODES * spec.decisions)
+    """Decisions before the first update: demonstrations, then max(1000, five episodes) at random unless the config says otherwise."""
+    at_random = config.train.seed_steps or max(_MIN_SEED_STEPS, _SEED_EPISODES * spec.decisions)
+    return config.train.demonstrations * spec.decisions + at_random
 
 
 class Trainer:
@@ -61,7 +63,7 @@ class Trainer:
         self._store = store
         self._resume = ResumeFolder(store.resume_folder())
         self._watcher = Watcher()
-        self._progress = Progress("random actions")
+        self._progress = Progress("seed phase")
         self._unsaved: list[ReplayEpisode] = []
         self._drawn = 0  # evaluations in the curve
         train = self.config.train
@@ -71,6 +73,7 @@ class Trainer:
         losses = LossSettings(discount=spec.discount, **{**_named(LossSettings, train), "rho": rho})
         self.learner = Learner(self.model, losses, LearnerSettings(**_named(LearnerSettings, train)), runtime, seed=facts.seed)
         self.replay = Replay(spec.obs_dim, spec.action_dim, train.buffer_size, runtime.device)
+        self._script = make_script(spec.task) if train.demonstrations else None
         self._make_planners()
 
     def _make_planners(self) -> None:
@@ -140,15 +143,16 @@ class Trainer:
         saved = time.monotonic()
         self._began = saved - self.counters.seconds
         self._acting.refresh()
-        if self.checkpointed and not self._teacher_is_current():
+        if self.checkpointed and not self._teacher_is_current() and (self._weights_are_the_teachers or not self._store.has_teacher()):
             self._save_teacher()
         while self.counters.decisions < steps:
             before = self.counters.decisions
             self._round(envs)
-            done = self.counters.decisions >= steps
+            due = done = self.counters.decisions >= steps
             if _crossed(self.config.train.eval_every, before, self.counters.decisions) or done:
                 self._evaluate(envs)
-            if time.monotonic() - saved >= self.config.train.checkpoint_seconds or done:
+                due |= self.config.train.keep == "best" and self._weights_are_the_teachers  # the next update changes them
+            if due or time.monotonic() - saved >= self.config.train.checkpoint_seconds:
                 self.checkpoint()
                 saved = time.monotonic()
 
@@ -158,8 +162,9 @@ class Trainer:
         seeding = self.counters.seed_decisions is None
         first, count = self.counters.episodes, self.facts.num_envs
         if seeding:  # no more at random than the seed phase needs, however many environments there are
-            needed = seed_steps(self.config, self.spec) - self.counters.decisions
-            count = min(count, math.ceil(needed / self.spec.decisions))
+            needed = math.ceil((seed_steps(self.config, self.spec) - self.counters.decisions) / self.spec.decisions)
+            demonstrated = self.config.train.demonstrations - first
+            count = min(count, needed, demonstrated if demonstrated > 0 else needed)
         stats = rollout(
             self._actor(seeding),
             envs,
@@ -185,6 +190,9 @@ class Trainer:
             self._progress.phase = "training"
 
     def _actor(self, seeding: bool) -> Actor[Any]:
+        if seeding and self.counters.episodes < self.config.train.demonstrations:
+            assert self._script is not None
+            return ScriptedActor(self._script, self.config.train.demonstration_noise, self.runtime.device)
         if seeding:
             return RandomActor(self.spec.action_dim, self.runtime.device)
         return SpeculativeRunner(self.model, self._acting, GateRule(self.config.train.acting.horizon, accept_below=math.inf))
@@ -242,10 +250,31 @@ class Trainer:
         self._resume.save(saved, self.learner.state_dict(), self._unsaved)
         self.checkpointed = self.counters.decisions
         self._unsaved = []
-        self._save_teacher()
+        if self._weights_are_the_teachers:
+            self._save_teacher()
+        evaluations = self.log.evaluations
+        folder = self._store.save_teacher_metrics(self.log.lines)
+        if len(evaluations) > self._drawn:
+            plot_training(self.log.lines, self.spec.task, folder / "training.png")
+            self._drawn = len(evaluations)
+
+    @property
+    def kept_evaluation(self) -> Line | None:
+        """The evaluation that speaks for the teacher: the last, or the best if that one's weights are kept."""
+        return self.log.best if self.config.train.keep == "best" else self.log.last_evaluation
+
+    @property
+    def _teacher_decisions(self) -> int:
+        """After how many decisions the teacher's weights are taken."""
+        kept = self.log.best if self.config.train.keep == "best" else None
+        return kept["decisions"] if kept else self.counters.decisions
+
+    @property
+    def _weights_are_the_teachers(self) -> bool:
+        return self._teacher_decisions == self.counters.decisions
 
     def _save_teacher(self) -> None:
-        evaluations = self.log.evaluations
+        evaluation = self.kept_evaluation
         origin = {
             "made_by": "specmpc train",
             "task": self.spec.task,
@@ -253,25 +282,23 @@ class Trainer:
             "seed": self.facts.seed,
             "num_envs": self.facts.num_envs,
             **asdict(self.counters),
-            "return": evaluations[-1]["return_mean"] if evaluations else None,
+            "return": evaluation["return_mean"] if evaluation else None,
+            "success_rate": evaluation.get("success_rate") if evaluation else None,
             "device": str(self.runtime.device),
             "dtype": self.runtime.dtype_name,
             "date": timestamp(),
             "versions": versions(),
         }
         config = {**self.facts.config, "dims": asdict(self.model.dims), "origin": origin}
-        folder = self._store.save_teacher(self.model, config, self.log.lines, TEACHER_DTYPE)
-        if len(evaluations) > self._drawn:
-            plot_training(self.log.lines, self.spec.task, folder / "training.png")
-            self._drawn = len(evaluations)
+        self._store.save_teacher(self.model, config, self.log.lines, TEACHER_DTYPE)
 
     def _teacher_is_current(self) -> bool:
-        """Whether the teacher's files are of this checkpoint; they are not if a run was killed between the two."""
+        """Whether the teacher's files are those that belong to this checkpoint; they are not if a run was killed between the two."""
         folder = self._store.folder / "teacher"
         if not (self._store.has_teacher() and (folder / "config.yaml").exists()):
             return False
         origin = read_yaml(folder / "config.yaml").get("origin", {})
-        return origin.get("made_by") == "specmpc train" and origin.get("decisions") == self.checkpointed
+        return origin.get("made_by") == "specmpc train" and origin.get("decisions") == self._teacher_decisions
 
     @property
     def _computed_on(self) -> str:

@@ -93,7 +93,7 @@ class TestInProcess:
     def test_nonsense_is_refused_before_anything_is_written(self, command: Command, preset: str) -> None:
         for arguments, expected in (
             (("--size", "7"), "--size must be one of 1, 5, 19, 48, 317, got 7"),
-            (("--steps", "50"), "--steps must exceed the 80 random decisions"),
+            (("--steps", "50"), "--steps must exceed the 80 decisions of the seed phase"),
             (("--resume",), "there is no training to resume"),
             (("--set", "train.lr=-1"), "train.lr"),
             (("--set", "train.acting.num_samples=4"), "train.acting: num_pi_trajs (4) must be below"),

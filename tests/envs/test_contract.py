@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from specmpc_cli.envs.adapter import TaskEnv
-from specmpc_cli.envs.registry import TASK_SETS, TASKS, lookup, make_env
-from specmpc_cli.errors import AssetsMissing, SpecMPCError, SuiteNotInstalled, UnknownTask
+from specmpc_cli.envs.registry import TASK_SETS, TASKS, lookup, make_env, make_script
+from specmpc_cli.errors import AssetsMissing, ConfigError, SpecMPCError, SuiteNotInstalled, UnknownTask
 from specmpc_cli.workflows.list_tasks import list_tasks
 from tests.fakes import CountingSimulator, counting_envs
 
@@ -228,3 +229,24 @@ def test_lifting_the_cube_is_rewarded_as_in_version_2() -> None:
     done = {"success": info["success"] | True}
     assert float(scene.compute_normalized_dense_reward(None, None, done)) == 1.0
     env.close()
+
+
+@pytest.mark.parametrize("task", ["mw-assembly", "mw-drawer-close"])
+def test_scripted_policies_solve_their_task_at_our_action_repeat(task: str) -> None:
+    env, script = make_env(task), make_script(task)
+    obs, _ = env.reset(seed=3)
+    info: dict[str, Any] = {}
+    for _ in range(env.task_spec.decisions):
+        action = script(obs)
+        assert action.dtype == np.float32 and np.abs(action).max() <= 1
+        obs, _, _, _, info = env.step(action)
+    env.close()
+    assert info["success"]
+
+
+def test_every_meta_world_task_has_a_script_and_others_say_that_they_have_none() -> None:
+    for entry in TASKS.values():
+        if entry.suite.name == "metaworld":
+            assert callable(make_script(entry.spec.task))
+    with pytest.raises(ConfigError, match="walker-walk has no scripted policy"):
+        make_script("walker-walk")

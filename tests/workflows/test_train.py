@@ -23,8 +23,9 @@ from specmpc_cli.errors import ActionNotFinite, CheckpointError, ConfigError, Da
 from specmpc_cli.learning.learner import UpdateInfo
 from specmpc_cli.runtime import choose_runtime
 from specmpc_cli.workflows.store import Store
-from specmpc_cli.workflows.train import begin_training
-from specmpc_cli.workflows.train_log import Progress, Watcher
+from specmpc_cli.workflows.train import begin_training, training_report
+from specmpc_cli.workflows.train_log import Progress, TrainingLog, Watcher
+from specmpc_cli.workflows.train_state import Counters
 from specmpc_cli.workflows.training import Trainer, seed_steps
 
 SMALL = [
@@ -152,6 +153,67 @@ def test_a_finished_training_whose_teacher_was_not_written_writes_it(tmp_path: P
     assert_same_training(tmp_path, straight)
 
 
+def worse_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every evaluation worse than the one before."""
+    evaluation = TrainingLog.evaluation
+
+    def worse(log: TrainingLog, counters: Counters, stats: Any) -> dict[str, Any]:
+        line = evaluation(log, counters, stats)
+        line["return_mean"] = -float(counters.decisions)
+        return line
+
+    monkeypatch.setattr(TrainingLog, "evaluation", worse)
+
+
+@pytest.mark.parametrize("when", [None, 130, 190])
+def test_the_best_evaluated_weights_are_kept_if_asked_for(
+    tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, when: int | None
+) -> None:
+    worse_every_time(monkeypatch)
+    settings = [*SMALL, "train.keep=best"]
+    if when:
+        with pytest.raises(Killed):
+            begin(tmp_path / "best", settings=settings).run(STEPS, Watcher(kill_at(when)))
+    trainer = begin(tmp_path / "best", settings=settings)
+    trainer.run(STEPS, Watcher())
+    report = training_report(trainer, Store(tmp_path / "best", "pointmass"))
+    assert (report["decisions"], report["teacher_decisions"], report["return_mean"]) == (STEPS, 120, -120.0)
+
+    begin(tmp_path / "short").run(120, Watcher())
+    for root, same_as, file in (("best", tmp_path / "short", "model.safetensors"), ("best", straight, "resume/state.safetensors")):
+        found, expected = load_file(teacher(tmp_path / root) / file), load_file(teacher(same_as) / file)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_best_teacher_that_was_lost_is_replaced_by_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worse_every_time(monkeypatch)
+    settings = [*SMALL, "train.keep=best"]
+    begin(tmp_path, settings=settings).run(STEPS, Watcher())
+    (teacher(tmp_path) / "model.safetensors").unlink()
+    begin(tmp_path, settings=settings).run(STEPS, Watcher())
+    assert Store(tmp_path, "pointmass").teacher().source == "store"
+
+
+def test_demonstrations_come_first_and_are_learnt_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specmpc_cli.workflows.training.make_script", lambda task: lambda obs: np.full(2, 0.5, np.float32))
+    settings = [*SMALL, "train.demonstrations=3", "train.demonstration_noise=0"]
+    for root, kill in (("a", None), ("b", 50)):
+        if kill:
+            with pytest.raises(Killed):
+                begin(tmp_path / root, settings=settings, num_envs=2, steps=280).run(280, Watcher(kill_at(kill)))
+        begin(tmp_path / root, settings=settings, num_envs=2, steps=280).run(280, Watcher())
+    assert_same_training(tmp_path / "b", tmp_path / "a", episodes=7)
+    replay = list(read_replay_shards(teacher(tmp_path / "a") / "resume" / "replay", 7))
+    assert [bool((episode.action == 0.5).all()) for episode in replay] == [True] * 3 + [False] * 4
+    episodes = [line for line in lines(tmp_path / "a") if line["event"] == "episode"]
+    assert [line["planner_calls"] for line in episodes] == [0] * 5 + [40] * 2  # demonstrations, 80 decisions at random, then planning
+
+
+def test_a_task_without_a_script_cannot_be_demonstrated(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="pointmass has no scripted policy"):
+        begin(tmp_path, settings=[*SMALL, "train.demonstrations=3"], steps=1000)
+
+
 def test_several_environments_learn_at_the_same_rate_and_continue(tmp_path: Path) -> None:
     begin(tmp_path / "a", num_envs=3).run(STEPS, Watcher())
     with pytest.raises(Killed):
@@ -248,7 +310,7 @@ def test_a_compiler_that_fails_leaves_the_training_eager(tmp_path: Path, monkeyp
 def test_nothing_is_overwritten_or_made_up(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no training to resume"):
         begin(tmp_path, resume=True)
-    with pytest.raises(ConfigError, match="--steps must exceed the 80 random decisions"):
+    with pytest.raises(ConfigError, match="--steps must exceed the 80 decisions of the seed phase"):
         begin(tmp_path, steps=80)
     with pytest.raises(ConfigError, match="--size must be one of 1, 5, 19, 48, 317, got 2"):
         begin(tmp_path, size=2)
