@@ -19,7 +19,7 @@ from specmpc_cli.envs.registry import is_task, lookup
 from specmpc_cli.errors import ConfigError
 from specmpc_cli.runtime import Purpose, choose_runtime, stream_key
 from specmpc_cli.types import StepLog
-from specmpc_cli.workflows.acting import Mode, Way, Workbench, broken_promise, choose_way
+from specmpc_cli.workflows.acting import Way, Workbench, broken_promise, choose_way
 from specmpc_cli.workflows.store import Store, config_of
 
 
@@ -80,9 +80,9 @@ def load_controller(
 
     Args:
         task_or_path: a task's name (its teacher in the store, else the embedded one), or a store folder `<store>/<task>/<name>`.
-        mode: baseline, policy, naive, corrected or adaptive.
+        mode: baseline, policy, naive, corrected, adaptive or distilled.
         horizon: env steps per plan for naive and corrected, 6 if left out.
-        arch: two-tower or temporal; for corrected and adaptive, the first one that fits the teacher if left out.
+        arch: two-tower, temporal or distilled; for corrected and adaptive, the first one that fits the teacher if left out.
         accept_below, replan_above: thresholds of a gate by hand, instead of the one that the corrector carries or lacks.
 
     Raises:
@@ -92,7 +92,7 @@ def load_controller(
     teacher = place.teacher()
     bench = Workbench(teacher, lookup(place.task).spec, config_of(teacher, [], []), choose_runtime(device, dtype))
     way = choose_way(place, bench, mode, horizon=horizon, arch=arch, accept_below=accept_below, replan_above=replan_above)
-    problems = [broken_promise(way, bench.config), None if way.mode is Mode.POLICY else bench.warm_up([way])]
+    problems = [broken_promise(way, bench.config), None if not way.mode.plans else bench.warm_up([way])]
     for problem in filter(None, problems):
         warnings.warn(problem, stacklevel=2)
     return Controller(bench, way, seed)

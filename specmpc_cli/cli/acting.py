@@ -40,7 +40,7 @@ from specmpc_cli.errors import GateFailed
 def eval_(
     common: Common,
     task: TaskOption = None,
-    mode: Annotated[str, typer.Option(help="baseline, policy, naive, corrected or adaptive.")] = "corrected",
+    mode: Annotated[str, typer.Option(help="baseline, policy, naive, corrected, adaptive or distilled.")] = "corrected",
     horizon: Annotated[int | None, typer.Option(min=1, help="Env steps per plan, for naive and corrected; 6 if left out.")] = None,
     arch: ArchOption = None,
     episodes: EpisodesOption = 10,
@@ -52,7 +52,7 @@ def eval_(
 ) -> None:
     """Run one way of acting."""
     from specmpc_cli.cli.tables import comparison_table
-    from specmpc_cli.workflows.acting import Mode, check_way, choose_way
+    from specmpc_cli.workflows.acting import check_way, choose_way
     from specmpc_cli.workflows.compare import evaluate_one
     from specmpc_cli.workflows.plots import row_label
 
@@ -65,7 +65,7 @@ def eval_(
     if way.corrector is not None:
         out.note(f"corrector: {way.corrector.arch} ({way.corrector.source})")
     note_gates(out, bench, [way])
-    if way.mode is not Mode.POLICY:
+    if way.mode.plans:
         prepare_acting(out, bench, [way])
     with out.progress() as progress:
         bar = progress.add_task(way.label, total=episodes * bench.spec.decisions, state="env steps")

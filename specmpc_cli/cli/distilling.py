@@ -25,7 +25,7 @@ def collect(
     task: TaskOption = None,
     episodes: Annotated[int, typer.Option(help="Episodes per round.")] = 10,
     rounds: Annotated[int, typer.Option(help="Rounds; from the second on the current corrector acts (DAgger).")] = 1,
-    arch: Annotated[str, typer.Option(help="Corrector that acts from round 2 on: two-tower or temporal.")] = "two-tower",
+    arch: Annotated[str, typer.Option(help="Corrector that acts from round 2 on: two-tower, temporal or distilled.")] = "two-tower",
     preset: PresetOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -88,7 +88,7 @@ def collect(
 def fit_corrector(
     common: Common,
     task: TaskOption = None,
-    arch: Annotated[list[str] | None, typer.Option(help="two-tower or temporal; repeatable, both if left out.")] = None,
+    arch: Annotated[list[str] | None, typer.Option(help="two-tower, temporal or distilled; repeatable, all if left out.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Most passes over the data.")] = None,
     max_return_loss: Annotated[
         float | None, typer.Option(help="Calibrate the gate: save what can be saved within this share of lost return.")

@@ -54,7 +54,7 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 TaskOption = Annotated[str | None, typer.Option("--task", help="Task name; the one used last in this store if left out.")]
-ArchOption = Annotated[str | None, typer.Option("--arch", help="two-tower or temporal.")]
+ArchOption = Annotated[str | None, typer.Option("--arch", help="two-tower, temporal or distilled.")]
 PresetOption = Annotated[list[str] | None, typer.Option("--preset", help="Preset name or YAML file; repeatable, merged in order.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="One setting, such as planner.iterations=4; repeatable.")]
 EpisodesOption = Annotated[int, typer.Option("--episodes", min=1, max=10_000, help="Episodes per way of acting.")]

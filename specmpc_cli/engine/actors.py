@@ -1,14 +1,16 @@
-"""Actors that never plan: the bare policy prior, and uniformly random actions. Both implement `types.Actor`."""
+"""Actors that never plan: the policy prior, a distilled policy, uniformly random actions, a script. All implement `types.Actor`."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from specmpc_cli.engine.correctors import DistilledPolicy
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.types import ReplanReason, Rows, StepLog
 
@@ -22,7 +24,7 @@ class StreamState(Rows):
 
 
 class PlanlessActor(ABC):
-    """What the two have in common: the state, and a log without plans."""
+    """What they have in common: the state, and a log without plans."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -66,6 +68,18 @@ class PolicyActor(PlanlessActor):
         return self.model.pi_mean(self.model.encode(obs))
 
 
+class DistilledActor(PlanlessActor):
+    """Acts with a network distilled from the planner alone: zero planner calls, the control every corrector must beat."""
+
+    def __init__(self, model: WorldModel, network: DistilledPolicy) -> None:
+        super().__init__(next(model.parameters()).device)
+        self.model, self.network = model, network
+
+    def choose(self, obs: Tensor, state: StreamState) -> Tensor:
+        z = self.model.encode(obs)
+        return self.network.propose(z, self.model.pi_mean(z))[0].clamp(-1.0, 1.0)
+
+
 class RandomActor(PlanlessActor):
     """Uniform actions in [-1, 1], keyed by (stream, step): the seed phase of a training."""
 
@@ -74,6 +88,29 @@ class RandomActor(PlanlessActor):
         self._action_dim = action_dim
 
     def choose(self, obs: Tensor, state: StreamState) -> Tensor:
-        keys = zip(state.stream.tolist(), state.step.tolist(), strict=True)
-        rows = [np.random.Generator(np.random.Philox(key=key)).uniform(-1.0, 1.0, self._action_dim) for key in keys]
+        rows = [rng.uniform(-1.0, 1.0, self._action_dim) for rng in _draws(state)]
         return torch.from_numpy(np.stack(rows).astype(np.float32)).to(self._device)
+
+
+class ScriptedActor(PlanlessActor):
+    """Follows a scripted policy, with normal noise on its actions: the demonstrations before a training."""
+
+    def __init__(self, script: Callable[[np.ndarray], np.ndarray], noise: float, device: torch.device) -> None:
+        """
+        Args:
+            script: observation [O] → action [A] in [-1, 1].
+            noise: standard deviation; the sum is clamped to [-1, 1].
+        """
+        super().__init__(device)
+        self._script, self._noise = script, noise
+
+    def choose(self, obs: Tensor, state: StreamState) -> Tensor:
+        actions = np.stack([self._script(row) for row in obs.cpu().numpy()])
+        noise = np.stack([rng.standard_normal(actions.shape[1]) for rng in _draws(state)])
+        return torch.from_numpy((actions + self._noise * noise).clip(-1.0, 1.0).astype(np.float32)).to(self._device)
+
+
+def _draws(state: StreamState) -> Iterator[np.random.Generator]:
+    """Each row's own generator for this step."""
+    for key in zip(state.stream.tolist(), state.step.tolist(), strict=True):
+        yield np.random.Generator(np.random.Philox(key=key))

@@ -1,7 +1,8 @@
 """Correctors: small networks distilled from the planner. They look at one step and propose a residual on the planned action.
 
-Both architectures share inputs and outputs (`BaseCorrector`) and differ in how they read the mismatch: `TwoTowerCorrector` encodes real
-and predicted latent separately and fuses them, `TemporalTransformerCorrector` attends over the last W mismatch features.
+`ResidualCorrector`s compare the plan with reality and differ in how they read the mismatch: `TwoTowerCorrector` encodes real and predicted
+latent separately and fuses them, `TemporalTransformerCorrector` attends over the last W mismatch features. `DistilledPolicy` looks at the
+real latent alone: plain distillation of the planner, the control that the others must beat, and the only one that can act without a plan.
 """
 
 from __future__ import annotations
@@ -40,17 +41,32 @@ class _Normed(nn.Sequential):
 
 
 class BaseCorrector(nn.Module, ABC):
-    """delta = gate ⊙ (π(z) − planned) + residual, and an expected squared error. Implements `types.Corrector`.
-
-    A subclass turns a `Visit` into features [B, width]. The gated term lets the network fall back to the policy prior, which is all a
-    plan's tail consists of; the residual starts at zero, so an untrained corrector leaves the plan nearly as it is.
-    """
+    """What every architecture has in common. Implements `types.Corrector`."""
 
     arch: str
 
     def __init__(self, dims: CorrectorDims) -> None:
         super().__init__()
         self.dims = dims
+
+    @abstractmethod
+    def forward(self, visit: Visit) -> tuple[Tensor, Tensor]:
+        """→ delta [B, A] and the expected squared error of the corrected action [B], a mean over action dimensions."""
+
+    def config(self) -> dict[str, Any]:
+        """What `build_corrector` needs to make this network again."""
+        return {"arch": self.arch, **asdict(self.dims)}
+
+
+class ResidualCorrector(BaseCorrector):
+    """delta = gate ⊙ (π(z) − planned) + residual.
+
+    A subclass turns a `Visit` into features [B, width]. The gated term lets the network fall back to the policy prior, which is all a
+    plan's tail consists of; the residual starts at zero, so an untrained corrector leaves the plan nearly as it is.
+    """
+
+    def __init__(self, dims: CorrectorDims) -> None:
+        super().__init__(dims)
         self.age = nn.Embedding(dims.max_age, 16)
         self.intent = _Normed(2 * dims.action_dim + 16, dims.width, dims.dropout)  # planned action, policy prior, age
         self.trunk = nn.Sequential(*(_Normed(dims.width, dims.width, dims.dropout) for _ in range(2)))
@@ -65,7 +81,6 @@ class BaseCorrector(nn.Module, ABC):
         """What was seen, fused with the intent [B, width], as [B, width]."""
 
     def forward(self, visit: Visit) -> tuple[Tensor, Tensor]:
-        """→ delta [B, A] and the expected squared error of the corrected action [B], a mean over action dimensions."""
         age = self.age(visit.age.clamp(max=self.dims.max_age - 1))
         intent = self.intent(torch.cat([visit.planned, visit.prior, age], dim=-1))
         out = self.head(self.trunk(self.features(visit, intent)))
@@ -73,12 +88,8 @@ class BaseCorrector(nn.Module, ABC):
         delta = torch.sigmoid(gate) * (visit.prior - visit.planned) + residual
         return delta, F.softplus(error.squeeze(-1))
 
-    def config(self) -> dict[str, Any]:
-        """What `build_corrector` needs to make this network again."""
-        return {"arch": self.arch, **asdict(self.dims)}
 
-
-class TwoTowerCorrector(BaseCorrector):
+class TwoTowerCorrector(ResidualCorrector):
     """Separate encoders of z, z_pred and their difference, each weighed by a gate that sees all of them and the intent."""
 
     arch = "two-tower"
@@ -95,7 +106,7 @@ class TwoTowerCorrector(BaseCorrector):
         return weighed.unflatten(-1, (4, -1)).sum(-2)
 
 
-class TemporalTransformerCorrector(BaseCorrector):
+class TemporalTransformerCorrector(ResidualCorrector):
     """A small Transformer encoder over the last W steps' mismatch features; the newest step's output is gated with the intent."""
 
     arch = "temporal"
@@ -143,7 +154,33 @@ class _Block(nn.Module):
         return x + self.dropout(self.down(mish(self.up(self.norm2(x)))))
 
 
-CORRECTORS: dict[str, type[BaseCorrector]] = {c.arch: c for c in (TwoTowerCorrector, TemporalTransformerCorrector)}
+class DistilledPolicy(BaseCorrector):
+    """The planner's action from the real latent alone; what the plan proposed is replaced, not corrected.
+
+    Three hidden layers of three times the width, which is as many weights as the two-tower has.
+    """
+
+    arch = "distilled"
+
+    def __init__(self, dims: CorrectorDims) -> None:
+        super().__init__(dims)
+        widths = [dims.latent_dim + dims.action_dim, *[3 * dims.width] * 3]
+        self.trunk = nn.Sequential(*(_Normed(i, o, dims.dropout) for i, o in zip(widths, widths[1:], strict=False)))
+        self.head = nn.Linear(widths[-1], dims.action_dim + 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def propose(self, z: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+        """z [B, Z] and the policy prior's mean there [B, A] → action [B, A], which may exceed [-1, 1], and its expected error [B]."""
+        out = self.head(self.trunk(torch.cat([z, prior], dim=-1)))
+        return prior + out[..., :-1], F.softplus(out[..., -1])
+
+    def forward(self, visit: Visit) -> tuple[Tensor, Tensor]:
+        action, error = self.propose(visit.z, visit.prior)
+        return action - visit.planned, error
+
+
+CORRECTORS: dict[str, type[BaseCorrector]] = {c.arch: c for c in (TwoTowerCorrector, TemporalTransformerCorrector, DistilledPolicy)}
 
 
 def build_corrector(arch: str, dims: CorrectorDims) -> BaseCorrector:

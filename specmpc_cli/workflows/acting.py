@@ -12,11 +12,11 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from specmpc_cli.config.schema import Config, PlannerConfig
-from specmpc_cli.engine.actors import PolicyActor
+from specmpc_cli.engine.actors import DistilledActor, PolicyActor
 from specmpc_cli.engine.batched_planner import BatchedPlanner
 from specmpc_cli.engine.captured import EAGER_CALLS
 from specmpc_cli.engine.compiled import batch_sizes_for, draws_for, judge_for, kernels_for
-from specmpc_cli.engine.correctors import CORRECTORS
+from specmpc_cli.engine.correctors import CORRECTORS, BaseCorrector, DistilledPolicy
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import PlannerSettings
 from specmpc_cli.engine.runner import SpeculativeRunner
@@ -40,6 +40,12 @@ class Mode(StrEnum):
     NAIVE = "naive"  # k steps of each plan, no gate, no corrector
     CORRECTED = "corrected"  # k steps of each plan, gate and corrector
     ADAPTIVE = "adaptive"  # the gate decides
+    DISTILLED = "distilled"  # a network distilled from the planner alone
+
+    @property
+    def plans(self) -> bool:
+        """Whether it ever calls the planner."""
+        return self not in (Mode.POLICY, Mode.DISTILLED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,7 @@ class Way:
     """One way of acting: a row of a comparison."""
 
     mode: Mode
-    horizon: int | None = None  # None for policy
+    horizon: int | None = None  # None for modes that never plan
     corrector: FittedCorrector | None = None
     rule: GateRule | None = None  # replaces the rule that mode, horizon and corrector imply
 
@@ -57,12 +63,12 @@ class Way:
         parts = [self.mode.value]
         if self.mode in (Mode.NAIVE, Mode.CORRECTED):
             parts.append(str(self.horizon))
-        if self.corrector is not None:
+        if self.corrector is not None and self.mode is not Mode.DISTILLED:
             parts.append(f"({self.corrector.arch})")
         return " ".join(parts)
 
     def gate_rule(self, metric: str) -> GateRule:
-        """The gate of this way; `metric` where no corrector brings its own. Meaningless for policy."""
+        """The gate of this way; `metric` where no corrector brings its own. Meaningless without plans."""
         if self.rule is not None:
             return self.rule
         assert self.horizon is not None
@@ -112,25 +118,40 @@ class Workbench:
         return make_planner(self.model, config, self.spec, self.runtime)
 
     def gate(self, way: Way) -> GateRule | None:
-        """The gate of a way; policy has none."""
-        return None if way.mode is Mode.POLICY else way.gate_rule(self.config.speculation.metric)
+        """The gate of a way; modes that never plan have none."""
+        return None if not way.mode.plans else way.gate_rule(self.config.speculation.metric)
 
     def actor(self, way: Way) -> Actor[Any]:
         """An actor for this way. Raises CheckpointError for a corrector of another teacher."""
-        return PolicyActor(self.model) if way.mode is Mode.POLICY else self.runner(way)
+        match way.mode:
+            case Mode.POLICY:
+                return PolicyActor(self.model)
+            case Mode.DISTILLED:
+                network = self._network(way)
+                assert isinstance(network, DistilledPolicy), way
+                return DistilledActor(self.model, network)
+            case _:
+                return self.runner(way)
+
+    def _network(self, way: Way) -> BaseCorrector | None:
+        """The way's corrector, on the device. Raises CheckpointError for one of another teacher."""
+        corrector = way.corrector
+        if corrector is None:
+            return None
+        if corrector.facts.teacher_sha256 != self.teacher.sha256:
+            raise CheckpointError(f"the corrector in {corrector.path} was distilled from another teacher; fit one for this teacher")
+        return corrector.network.to(self.runtime.device)
 
     def runner(self, way: Way) -> SpeculativeRunner:
-        """The speculative runner of a way other than policy."""
-        corrector = way.corrector
-        if corrector is not None and corrector.facts.teacher_sha256 != self.teacher.sha256:
-            raise CheckpointError(f"the corrector in {corrector.path} was distilled from another teacher; fit one for this teacher")
+        """The speculative runner of a way that plans."""
+        network = self._network(way)
         return SpeculativeRunner(
             self.model,
             self.planner,
             way.gate_rule(self.config.speculation.metric),
-            corrector.network.to(self.runtime.device) if corrector else None,
+            network,
             tail=self.config.speculation.tail,
-            history=corrector.network.dims.history if corrector else DEFAULT_HISTORY,
+            history=network.dims.history if network else DEFAULT_HISTORY,
             judge=judge_for(self.runtime),
         )
 
@@ -143,7 +164,7 @@ class Workbench:
         self.warm = True
         try:
             plan_once(self.planner, self.model, self.runtime)
-            correctors = {way.corrector.arch: way for way in ways if way.corrector is not None}
+            correctors = {way.corrector.arch: way for way in ways if way.corrector is not None and way.mode.plans}
             for way in correctors.values():
                 step_once(self.runner(way))
         except COMPILER_ERRORS as error:
@@ -201,6 +222,8 @@ def choose_way(
             return Way(chosen)
         case Mode.NAIVE:
             return Way(chosen, steps)
+        case Mode.DISTILLED:
+            return Way(chosen, None, store.corrector(bench.teacher, DistilledPolicy.arch))
     found, _ = store.correctors(bench.teacher, [arch] if arch else None)
     if chosen is Mode.ADAPTIVE:
         found.sort(key=lambda corrector: not corrector.facts.calibrated)  # a calibrated one first
@@ -216,6 +239,7 @@ _OPTIONS: dict[Mode, tuple[str, ...]] = {
     Mode.NAIVE: ("horizon",),
     Mode.CORRECTED: ("horizon", "arch", "accept_below", "replan_above"),
     Mode.ADAPTIVE: ("arch", "accept_below", "replan_above"),
+    Mode.DISTILLED: (),
 }
 
 
@@ -234,7 +258,7 @@ def check_archs(archs: Sequence[str]) -> list[str]:
     """The architectures. Raises ConfigError for an unknown one."""
     for arch in archs:
         if arch not in CORRECTORS:
-            raise ConfigError(f"--arch must be {' or '.join(CORRECTORS)}, got {arch!r}")
+            raise ConfigError(f"--arch must be one of {', '.join(CORRECTORS)}, got {arch!r}")
     return list(archs)
 
 

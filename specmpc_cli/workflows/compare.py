@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from specmpc_cli.engine.correctors import DistilledPolicy
 from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.errors import ConfigError
 from specmpc_cli.files import write_whole
@@ -23,12 +24,14 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<="
 
 
 def ways_of(bench: Workbench, horizons: Sequence[int], correctors: Sequence[FittedCorrector]) -> list[Way]:
-    """The rows of a comparison, in order: baseline, policy, naive k, corrected k of each architecture, adaptive of each calibrated one.
+    """The rows of a comparison, in order: baseline, policy, distilled, naive k, corrected k of each architecture, adaptive of each
+    calibrated one.
 
     Horizon 1 of naive and corrected equals the baseline and is not listed again.
     """
     longer = [horizon for horizon in dict.fromkeys(horizons) if horizon > 1]
     ways = [Way(Mode.BASELINE, 1), Way(Mode.POLICY)]
+    ways += [Way(Mode.DISTILLED, None, corrector) for corrector in correctors if corrector.arch == DistilledPolicy.arch]
     ways += [Way(Mode.NAIVE, horizon) for horizon in longer]
     ways += [Way(Mode.CORRECTED, horizon, corrector) for corrector in correctors for horizon in longer]
     ways += [adaptive_way(corrector, bench.config, None, None) for corrector in correctors if corrector.facts.calibrated]

@@ -14,7 +14,7 @@ from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.runtime import Purpose
 from specmpc_cli.types import Decision, ReplanReason
 from specmpc_cli.versions import commit, versions
-from specmpc_cli.workflows.acting import Mode, Way, Workbench
+from specmpc_cli.workflows.acting import Way, Workbench
 from specmpc_cli.workflows.rollout import Episode, EpisodeStats, Transition, rollout
 from specmpc_cli.workflows.statistics import cvar05, mean_ci95, ratio, ratio_ci95
 from specmpc_cli.workflows.store import timestamp
@@ -129,9 +129,9 @@ def trace_of(stats: EpisodeStats) -> Row:
 
 
 def _gate_rates(way: Way, stats: list[EpisodeStats], steps: int) -> Row:
-    """Shares of all env steps by decision; null for policy, which has no gate."""
+    """Shares of all env steps by decision; null for modes that never plan: they have no gate."""
     names = ("accept_rate", "correct_rate", "replan_rate", "fallback_rate", "correction_norm_mean")
-    if way.mode is Mode.POLICY:
+    if not way.mode.plans:
         return dict.fromkeys(names)
     decisions = Counter(decision for stat in stats for decision in stat.decisions)
     fallbacks = sum(reason == ReplanReason.MISMATCH for stat in stats for reason in stat.reasons)
@@ -143,16 +143,16 @@ def _gate_rates(way: Way, stats: list[EpisodeStats], steps: int) -> Row:
 
 
 def _steps_per_plan(way: Way, stats: list[EpisodeStats]) -> list[int]:
-    """Plans by the env steps executed from them: entry i counts plans of i + 1 steps. Empty for policy."""
-    if way.mode is Mode.POLICY:
+    """Plans by the env steps executed from them: entry i counts plans of i + 1 steps. Empty for modes that never plan."""
+    if not way.mode.plans:
         return []
     counts = Counter(length for stat in stats for length in stat.steps_per_plan)
     return [counts[length] for length in range(1, max(counts) + 1)]
 
 
 def _by_age(way: Way, stats: list[EpisodeStats]) -> list[Row]:
-    """Reward, mismatch and correction by the age of the plan the action came from; empty for policy."""
-    if way.mode is Mode.POLICY:
+    """Reward, mismatch and correction by the age of the plan the action came from; empty for modes that never plan."""
+    if not way.mode.plans:
         return []
 
     def flat(name: str) -> np.ndarray:

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-_MARKS = {"baseline": "o", "policy": "X", "naive": "s", "corrected": "D", "adaptive": "P"}
-_COLOURS = {None: "#6b7280", "two-tower": "#2563eb", "temporal": "#d97706"}
-_OFFSETS = {None: -9.0, "two-tower": 0.0, "temporal": 9.0}  # points to the side
+_MARKS = {"baseline": "o", "policy": "X", "naive": "s", "corrected": "D", "adaptive": "P", "distilled": "*"}
+_COLOURS = {None: "#6b7280", "two-tower": "#2563eb", "temporal": "#d97706", "distilled": "#059669"}
+_OFFSETS = {None: -9.0, "two-tower": 0.0, "temporal": 9.0, "distilled": 18.0}  # points to the side
 
 
 def pareto_front(rows: list[Row]) -> list[Row]:
@@ -40,7 +40,7 @@ def pareto_front(rows: list[Row]) -> list[Row]:
 def row_label(row: Row) -> str:
     """`corrected 6 (two-tower)`."""
     horizon = f" {row['horizon']}" if row["mode"] in ("naive", "corrected") else ""
-    corrector = f" ({row['corrector']})" if row["corrector"] else ""
+    corrector = f" ({row['corrector']})" if row["corrector"] and row["mode"] != "distilled" else ""
     return f"{row['mode']}{horizon}{corrector}"
 
 
@@ -90,8 +90,8 @@ def plot_front(report: dict[str, Any], path: Path) -> None:
             ratio,
             yerr=[[max(ratio - low, 0.0)], [max(high - ratio, 0.0)]],
             marker=_MARKS[row["mode"]],
-            markersize=9 if row["mode"] != "policy" else 11,
-            color=_COLOURS.get(row["corrector"], "#059669"),
+            markersize=9 if row["mode"] not in ("policy", "distilled") else 12,
+            color=_COLOURS[row["corrector"]],
             markeredgecolor="white",
             capsize=3,
             elinewidth=1.2,

@@ -99,7 +99,7 @@ def write_page(report: Report, path: Path, command: str, best: str | None = None
         "<h2>One episode</h2>",
         '<p class="faint">The first episode: mismatch of predicted and real latent over its steps, and below it what was decided.</p>',
         '<div class="key">' + "".join(f'<span><i class="{name}"></i>{name}</span>' for name in _DECISIONS.values()) + "</div>",
-        *(_trace(row, names[id(row)]) for row in rows if row["mode"] not in ("baseline", "policy")),
+        *(_trace(row, names[id(row)]) for row in rows if row["mode"] not in ("baseline", "policy", "distilled")),
         "<h2>How it was made</h2>",
         f"<pre>{escape(command)}</pre>",
         f"<pre>{escape(json.dumps(how, indent=1))}</pre>",

@@ -1,4 +1,4 @@
-"""Both correctors: shapes, where they start, and that each reads what it claims to read."""
+"""The correctors: shapes, where they start, and that each reads what it claims to read."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def test_shapes_and_a_modest_start(arch: str) -> None:
     seen = visit()
     delta, error = network(seen)
     assert delta.shape == (4, 3) and error.shape == (4,) and (error > 0).all()
-    # untrained: a gate of sigmoid(−2) towards the policy prior, nothing else
-    torch.testing.assert_close(delta, torch.sigmoid(torch.tensor(-2.0)) * (seen.prior - seen.planned))
+    # untrained: a gate of sigmoid(−2) towards the policy prior, nothing else; plain distillation starts as the policy prior itself
+    share = torch.tensor(1.0) if arch == "distilled" else torch.sigmoid(torch.tensor(-2.0))
+    torch.testing.assert_close(delta, share * (seen.prior - seen.planned))
 
 
 @pytest.mark.parametrize("arch", CORRECTORS)
@@ -61,6 +62,22 @@ def test_the_two_tower_reads_the_latents_and_the_temporal_one_the_history() -> N
         network = trained(arch)
         assert not torch.allclose(network(seen)[0], network(reads)[0])
         assert torch.equal(network(seen)[0], network(ignores)[0])
+
+
+def test_plain_distillation_sees_the_real_latent_alone() -> None:
+    """It is the control of the others, so nothing of the plan may reach its action."""
+    network, seen = trained("distilled"), visit()
+    blind = replace(seen, z_pred=seen.z_pred + 1, planned=seen.planned + 0.5, age=seen.age + 3, history=seen.history + 1)
+    action, other = (network(what)[0] + what.planned for what in (seen, blind))
+    torch.testing.assert_close(action, other)
+    assert not torch.allclose(action, network(replace(seen, z=seen.z + 0.1))[0] + seen.planned)
+
+
+def test_plain_distillation_is_as_large_as_the_two_tower() -> None:
+    """What it is compared with must not win by size."""
+    dims = CorrectorDims(latent_dim=128, action_dim=6, width=256, history=8)
+    sizes = {arch: sum(p.numel() for p in build_corrector(arch, dims).parameters()) for arch in ("two-tower", "distilled")}
+    assert abs(sizes["distilled"] / sizes["two-tower"] - 1) < 0.1, sizes
 
 
 def test_the_temporal_corrector_does_not_look_at_empty_slots() -> None:
