@@ -133,7 +133,7 @@ class StepLog(Rows):
     met_age: Tensor  # [B] age of the plan that predicted this step, before any replan
     mismatch: Tensor  # [B] distance of z and z_pred, NaN where no older plan predicted this step
     expected_error: Tensor  # [B] the corrector's own guess of its squared error, 0 without one
-    correction_norm: Tensor  # [B] ‖executed − planned‖, 0 where nothing was corrected
+    correction_norm: Tensor  # [B] ‖executed − planned‖, 0 where nothing was corrected, NaN without a plan
     planner_iterations: Tensor  # [B] MPPI iterations spent on this step
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specmpc_cli.engine.correctors import DistilledPolicy
 from specmpc_cli.engine.world_model import WorldModel
-from specmpc_cli.types import ReplanReason, Rows, StepLog
+from specmpc_cli.types import Decision, ReplanReason, Rows, StepLog
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class StreamState(Rows):
 
 class PlanlessActor(ABC):
     """What they have in common: the state, and a log without plans."""
+
+    decision = -1  # what the log says of every step
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -45,13 +47,13 @@ class PlanlessActor(ABC):
         zero = torch.zeros_like(first, dtype=torch.int64)
         none = torch.full(first.shape, torch.nan, device=first.device)
         log = StepLog(
-            decision=zero - 1,
+            decision=zero + int(self.decision),
             reason=zero + int(ReplanReason.NONE),
             age=zero,
             met_age=zero,
             mismatch=none,
             expected_error=torch.zeros_like(none),
-            correction_norm=torch.zeros_like(none),
+            correction_norm=none,
             planner_iterations=zero,
         )
         return self.choose(obs, state), StreamState(state.stream, state.step + 1), log
@@ -69,7 +71,12 @@ class PolicyActor(PlanlessActor):
 
 
 class DistilledActor(PlanlessActor):
-    """Acts with a network distilled from the planner alone: zero planner calls, the control every corrector must beat."""
+    """Acts with a network distilled from the planner alone: zero planner calls, the control every corrector must beat.
+
+    Its steps count as corrected, because the network's action is executed; there is no plan to measure the correction from.
+    """
+
+    decision = Decision.CORRECT
 
     def __init__(self, model: WorldModel, network: DistilledPolicy) -> None:
         super().__init__(next(model.parameters()).device)

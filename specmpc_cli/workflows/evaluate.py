@@ -14,7 +14,7 @@ from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.runtime import Purpose
 from specmpc_cli.types import Decision, ReplanReason
 from specmpc_cli.versions import commit, versions
-from specmpc_cli.workflows.acting import Way, Workbench
+from specmpc_cli.workflows.acting import Mode, Way, Workbench
 from specmpc_cli.workflows.rollout import Episode, EpisodeStats, Transition, rollout
 from specmpc_cli.workflows.statistics import cvar05, mean_ci95, ratio, ratio_ci95
 from specmpc_cli.workflows.store import timestamp
@@ -129,9 +129,9 @@ def trace_of(stats: EpisodeStats) -> Row:
 
 
 def _gate_rates(way: Way, stats: list[EpisodeStats], steps: int) -> Row:
-    """Shares of all env steps by decision; null for modes that never plan: they have no gate."""
+    """Shares of all env steps by decision; null for policy, which decides nothing."""
     names = ("accept_rate", "correct_rate", "replan_rate", "fallback_rate", "correction_norm_mean")
-    if not way.mode.plans:
+    if way.mode is Mode.POLICY:
         return dict.fromkeys(names)
     decisions = Counter(decision for stat in stats for decision in stat.decisions)
     fallbacks = sum(reason == ReplanReason.MISMATCH for stat in stats for reason in stat.reasons)
@@ -139,7 +139,7 @@ def _gate_rates(way: Way, stats: list[EpisodeStats], steps: int) -> Row:
         norm for stat in stats for norm, decision in zip(stat.correction_norms, stat.decisions, strict=True) if decision == Decision.CORRECT
     ]
     rates = [decisions[decision] / steps for decision in (Decision.ACCEPT, Decision.CORRECT, Decision.REPLAN)]
-    return dict(zip(names, [*rates, fallbacks / steps, float(np.mean(corrections)) if corrections else 0.0], strict=True))
+    return dict(zip(names, [*rates, fallbacks / steps, _mean_or_none(np.array(corrections)) if corrections else 0.0], strict=True))
 
 
 def _steps_per_plan(way: Way, stats: list[EpisodeStats]) -> list[int]:

@@ -74,7 +74,7 @@ def test_a_corrector_and_data_of_another_teacher(other_teacher: Command) -> None
     assert "only data of other teachers" in other_teacher.fails("fit-corrector")
     result = other_teacher("compare", "--episodes", "1", "--horizons", "3", "--json")
     assert [row["mode"] for row in result.document["rows"]] == ["baseline", "policy", "naive"]
-    assert result.err.count("was distilled from another teacher; left out") == 2
+    assert result.err.count("was distilled from another teacher; left out") == 3
 
 
 def test_damaged_shards(own: Command) -> None:

@@ -131,12 +131,15 @@ def test_compare_lists_the_rows_in_order_and_keeps_its_results(pipeline: Command
     assert [(row["mode"], row["horizon"], row["corrector"]) for row in report["rows"]] == [
         ("baseline", 1, None),
         ("policy", None, None),
+        ("distilled", None, "distilled"),
         ("naive", 3, None),
         ("naive", 6, None),
         ("corrected", 3, "two-tower"),
         ("corrected", 6, "two-tower"),
         ("corrected", 3, "temporal"),
         ("corrected", 6, "temporal"),
+        ("corrected", 3, "distilled"),
+        ("corrected", 6, "distilled"),
     ]
     kept = sorted((pipeline.store / "pointmass" / "main" / "results").iterdir())
     assert {path.suffix for path in kept} == {".json", ".png"}
@@ -145,7 +148,7 @@ def test_compare_lists_the_rows_in_order_and_keeps_its_results(pipeline: Command
 
 def test_the_rows_of_a_comparison_are_consistent(pipeline: Command) -> None:
     rows = pipeline("compare", "--episodes", "3", "--horizons", "4", "--json").document["rows"]
-    baseline, policy, naive, corrected = rows[:4]
+    baseline, policy, distilled, naive, corrected = rows[:5]
     seeds = [episode["seed"] for episode in baseline["episodes"]]
     for row in rows:
         assert [episode["seed"] for episode in row["episodes"]] == seeds  # paired
@@ -153,6 +156,7 @@ def test_the_rows_of_a_comparison_are_consistent(pipeline: Command) -> None:
         assert row["calls_saved"] == pytest.approx(1 - row["planner_calls_per_episode"] / row["env_steps_per_episode"])
         if row is not policy:
             assert row["accept_rate"] + row["correct_rate"] + row["replan_rate"] == pytest.approx(1)
+        if row not in (policy, distilled):
             assert sum(line["count"] for line in row["by_age"]) == 3 * 40
             lengths = range(1, len(row["steps_per_plan_hist"]) + 1)
             assert sum(n * count for n, count in zip(lengths, row["steps_per_plan_hist"], strict=True)) == 3 * 40
@@ -161,6 +165,8 @@ def test_the_rows_of_a_comparison_are_consistent(pipeline: Command) -> None:
     assert baseline["return_vs_baseline"] == 1 and baseline["return_vs_baseline_ci95"] in ([1.0, 1.0], None)
     assert (policy["calls_saved"], policy["planner_calls_per_episode"]) == (1, 0)
     assert policy["accept_rate"] is policy["correct_rate"] is policy["replan_rate"] is policy["horizon"] is policy["corrector"] is None
+    assert (distilled["calls_saved"], distilled["correct_rate"], distilled["correction_norm_mean"]) == (1, 1, None)
+    assert distilled["steps_per_plan_hist"] == distilled["by_age"] == [] and distilled["gate"] is None
     assert (naive["accept_rate"], naive["correct_rate"], naive["replan_rate"]) == (0.75, 0, 0.25)
     assert (corrected["accept_rate"], corrected["correct_rate"], corrected["replan_rate"]) == (0, 0.75, 0.25)
     assert corrected["correction_norm_mean"] > 0 == naive["correction_norm_mean"]
@@ -177,7 +183,7 @@ def test_eval_gives_the_same_numbers_as_compare(pipeline: Command) -> None:
         assert alone[field] == row[field], field
 
 
-@pytest.mark.parametrize("mode", ["baseline", "policy", "naive", "corrected"])
+@pytest.mark.parametrize("mode", ["baseline", "policy", "naive", "corrected", "distilled"])
 def test_every_mode_evaluates(pipeline: Command, mode: str) -> None:
     result = pipeline("eval", "--mode", mode, "--episodes", "1")
     assert result.code == 0 and mode in result.out
@@ -194,7 +200,7 @@ def test_adaptive_needs_thresholds_until_a_gate_is_calibrated_and_uses_them(pipe
 
 def test_the_table_names_every_way_in_full_and_the_detail_every_age(pipeline: Command) -> None:
     out = pipeline("compare", "--episodes", "2", "--horizons", "3", "--detail").out
-    for name in ("baseline", "policy", "naive 3", "corrected 3 (two-tower)", "corrected 3 (temporal)"):
+    for name in ("baseline", "policy", "naive 3", "distilled", "corrected 3 (two-tower)", "corrected 3 (temporal)"):
         assert name in out
     assert "…" not in out and "by age of the plan" in out
     table = [line for line in out.splitlines() if not line.startswith(("results:", "plot:"))]

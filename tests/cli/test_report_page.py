@@ -57,14 +57,14 @@ def page(pipeline: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_holds_every_row_chart_and_setting(page: Path) -> None:
     text = page.read_text()
     parsed = Page(text)
-    ways = ["baseline", "policy", "naive 3", "naive 5", "corrected 3 (two-tower)", "corrected 5 (temporal)"]
+    ways = ["baseline", "policy", "naive 3", "naive 5", "corrected 3 (two-tower)", "corrected 5 (temporal)", "distilled"]
     assert all(way in parsed.texts for way in ways)
     assert "pointmass" in parsed.texts and any("chosen on 2 episodes for at most 50.0% lost return" in part for part in parsed.texts)
     assert any('"num_samples": 32' in part for part in parsed.texts) and any(
         part.startswith("specmpc compare --horizons 3,5 ") for part in parsed.texts
     )
     charts = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(charts) == 1 + 2 + 6  # the front, two by age, one per speculative way
+    assert len(charts) == 1 + 2 + 8  # the front, two by age, one per speculative way
     for chart in charts:
         ET.fromstring(chart)  # well-formed
         assert "nan" not in chart and "inf" not in chart

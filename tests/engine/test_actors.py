@@ -7,6 +7,7 @@ import torch
 
 from specmpc_cli.engine.actors import DistilledActor, ScriptedActor
 from specmpc_cli.engine.correctors import CorrectorDims, DistilledPolicy
+from specmpc_cli.types import Decision
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")
@@ -49,4 +50,4 @@ def test_the_distilled_policy_acts_on_what_it_sees_alone() -> None:
     again, _, _ = actor.act(obs, state, torch.zeros(3, dtype=torch.bool))
     z = model.encode(obs)
     torch.testing.assert_close(action, network.propose(z, model.pi_mean(z))[0].clamp(-1, 1).detach())
-    assert torch.equal(action, again) and (log.decision == -1).all() and not log.planner_iterations.any()
+    assert torch.equal(action, again) and (log.decision == Decision.CORRECT).all() and not log.planner_iterations.any()
