@@ -41,25 +41,19 @@ FALLBACK_SHARES = (0.5, 0.2, 0.1)  # of a free run's steps, where the training-f
 
 
 class Masked(nn.Module):
-    """A corrector that sees only a part of the visit. `whole` says that its output is the action itself, not a residual on the plan."""
+    """A corrector that sees only a part of the visit."""
 
-    def __init__(self, corrector: BaseCorrector, mask: Callable[[Visit], Visit], whole: bool = False) -> None:
+    def __init__(self, corrector: BaseCorrector, mask: Callable[[Visit], Visit]) -> None:
         super().__init__()
-        self.corrector, self.mask, self.whole = corrector, mask, whole
+        self.corrector, self.mask = corrector, mask
         self.dims, self.arch = corrector.dims, corrector.arch
 
     def forward(self, visit: Visit) -> tuple[Tensor, Tensor]:
-        delta, error = self.corrector(self.mask(visit))
-        return (delta - visit.planned if self.whole else delta), error
+        return self.corrector(self.mask(visit))
 
 
 def without_prior(visit: Visit) -> Visit:
     return replace(visit, prior=visit.planned)
-
-
-def only_z(visit: Visit) -> Visit:
-    nothing = torch.zeros_like(visit.planned)
-    return replace(visit, z_pred=visit.z, planned=nothing, prior=nothing, age=torch.zeros_like(visit.age))
 
 
 def without_prediction(visit: Visit) -> Visit:
@@ -151,6 +145,7 @@ def main() -> None:
 
     study.at_horizons("two-tower", horizons, study.fit("two-tower", study.shards))
     study.at_horizons("temporal", horizons, study.fit("temporal", study.shards))
+    study.at_horizons("plain distillation, z alone", horizons, study.fit("distilled", study.shards))
     for last in rounds[:-1]:
         few = [shard for shard in study.shards if shard.key[1] <= last]
         study.at_horizons(f"two-tower, data of round {f'1 to {last}' if last > 1 else 1}", horizons, study.fit("two-tower", few))
@@ -158,7 +153,6 @@ def main() -> None:
     variants: dict[str, Callable[[BaseCorrector], Any]] = {
         "two-tower without the policy prior": lambda network: Masked(network, without_prior),
         "two-tower without the predicted latent": lambda network: Masked(network, without_prediction),
-        "plain distillation: z alone, same size": lambda network: Masked(network, only_z, whole=True),
     }
     for name, wrap in variants.items():
         study.at_horizons(name, horizons, study.fit("two-tower", study.shards, wrap))

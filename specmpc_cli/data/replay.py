@@ -41,9 +41,9 @@ class ReplayEpisode:
 class Replay:
     """The newest episodes, as many as fit into `capacity` rows, each in one piece; slices come back on `device`."""
 
-    def __init__(self, obs_dim: int, action_dim: int, capacity: int, device: torch.device) -> None:
-        """Raises DatasetError if memory for `capacity` decisions cannot be had."""
-        self._capacity = capacity
+    def __init__(self, obs_dim: int, action_dim: int, capacity: int, device: torch.device, demonstrations: int = 0) -> None:
+        """`demonstrations`: the first so many episodes are some. Raises DatasetError if memory for `capacity` decisions cannot be had."""
+        self._capacity, self._demonstrations = capacity, demonstrations
         try:
             # Untouched pages cost nothing: a short training fills only the front.
             self._columns = {
@@ -54,9 +54,9 @@ class Replay:
             }
         except RuntimeError:
             raise DatasetError(f"no memory for a replay of {capacity} decisions; lower it with --set train.buffer_size=N") from None
-        self._episodes: deque[tuple[int, int]] = deque()  # first row and number of decisions of each, oldest first
+        self._episodes: deque[tuple[int, int, int]] = deque()  # first row, number of decisions and index of each, oldest first
         self._next_row = 0
-        self._lengths = self._starts = np.zeros(0, dtype=np.int64)
+        self._starts = self._lengths = self._indices = np.zeros(0, dtype=np.int64)
 
     def __len__(self) -> int:
         """Decisions held."""
@@ -75,9 +75,9 @@ class Replay:
         self._columns["obs"][start:end] = torch.from_numpy(episode.obs)
         for name in ("action", "reward", "terminated"):
             self._columns[name][start : end - 1] = torch.from_numpy(getattr(episode, name))
-        self._episodes.append((start, len(episode)))
+        self._episodes.append((start, len(episode), episode.index))
         self._next_row = end
-        self._starts, self._lengths = (np.array(values, dtype=np.int64) for values in zip(*self._episodes, strict=True))
+        self._starts, self._lengths, self._indices = (np.array(values, dtype=np.int64) for values in zip(*self._episodes, strict=True))
 
     def _evict(self, start: int, end: int) -> None:
         """Forgets the oldest episodes as long as they lie in these rows."""
@@ -85,7 +85,7 @@ class Replay:
             self._episodes.popleft()
 
     def sample(self, batch_size: int, horizon: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Slices, time-first: obs [H+1, B, O], action [H, B, A], reward [H, B], terminated [H, B].
+        """Slices, time-first: obs [H+1, B, O], action [H, B, A], reward [H, B], terminated [H, B]; and demonstrated [B] if some were.
 
         Episodes are drawn evenly, then the start within each, as the official code does.
 
@@ -100,7 +100,11 @@ class Replay:
         rows = torch.from_numpy(self._starts[drawn] + offset) + torch.arange(horizon + 1).unsqueeze(1)  # [H+1, B]
         rows = rows.to(self._columns["obs"].device)
         steps = rows[:-1]
-        return {"obs": self._columns["obs"][rows], **{name: self._columns[name][steps] for name in _COLUMNS[1:]}}
+        slices = {"obs": self._columns["obs"][rows], **{name: self._columns[name][steps] for name in _COLUMNS[1:]}}
+        if self._demonstrations:
+            demonstrated = (self._indices[drawn] < self._demonstrations).astype(np.float32)
+            slices["demonstrated"] = torch.from_numpy(demonstrated).to(rows.device)
+        return slices
 
 
 def write_replay_shard(folder: Path, episodes: Sequence[ReplayEpisode]) -> Path:

@@ -55,7 +55,7 @@ class LossKernels(NamedTuple):
     """The two losses, eager or compiled; with their backward passes they take nearly all of an update's time."""
 
     world_model: Callable[[WorldModel, Batch, UpdateNoise, LossSettings, Tensor | None], ModelLoss]
-    policy: Callable[[WorldModel, Tensor, UpdateNoise, Tensor, LossSettings, Tensor | None], PolicyLoss]
+    policy: Callable[[WorldModel, Tensor, UpdateNoise, Tensor, LossSettings, Batch], PolicyLoss]
 
 
 EAGER_LOSSES = LossKernels(world_model_loss, policy_loss)
@@ -79,8 +79,13 @@ class Learner:
         *,
         seed: int,
         discounts: Sequence[float] | None = None,
+        demonstrated: bool = False,
     ) -> None:
-        """`discounts`: one per task, for models of a task set."""
+        """
+        Args:
+            discounts: one per task, for models of a task set.
+            demonstrated: batches say which of their slices are demonstrations.
+        """
         assert (discounts is not None) == (model.task_emb is not None), "a model of a task set has one discount per task"
         self._discounts = None if discounts is None else torch.tensor(discounts, device=runtime.device)
         self.model = model.to(runtime.device).train()
@@ -100,12 +105,14 @@ class Learner:
         self._policy_adam = torch.optim.Adam(policy, lr=settings.lr, eps=settings.pi_adam_eps, fused=True, capturable=graph)
         self._policy = policy
         self._embedding = None if model.task_emb is None else TaskEmbedding(model.task_emb.weight)
+        optional = {"task": self._embedding is not None, "demonstrated": demonstrated}
+        self._fields = [name for name in Batch._fields if optional.get(name, True)]  # that batches have
         self._call = CapturedCall(self._drawn_step, enabled=runtime.device.type == "cuda")
 
     def update(self, batch: Batch) -> UpdateInfo:
         """Update number `updates`, with draws keyed by (seed, number). On CUDA the third one of a process captures a graph."""
         torch.manual_seed(update_key(self._seed, self.updates))
-        info = self._call(*(value for value in batch if value is not None))
+        info = self._call(*(getattr(batch, name) for name in self._fields))
         self.updates += 1
         return info
 
@@ -118,10 +125,11 @@ class Learner:
             torch.zeros(horizon, size, d.action_dim, device=device),
             steps,
             steps,
-            None if self._embedding is None else torch.zeros(size, dtype=torch.int64, device=device),
+            torch.zeros(size, dtype=torch.int64, device=device) if "task" in self._fields else None,
+            torch.zeros(size, device=device) if "demonstrated" in self._fields else None,
         )
         noise = self.draw(horizon, size)
-        self._policy_loss(self._world_model_loss(batch, noise).latents, noise, batch.task)
+        self._policy_loss(self._world_model_loss(batch, noise).latents, noise, batch)
         for optimiser in (self._world_adam, self._policy_adam):
             optimiser.zero_grad(set_to_none=True)
 
@@ -130,7 +138,7 @@ class Learner:
         self._kernels = EAGER_LOSSES
 
     def _drawn_step(self, *fields: Tensor) -> UpdateInfo:
-        batch = Batch(*fields)
+        batch = Batch(**dict(zip(self._fields, fields, strict=True)))
         return self.step(batch, self.draw(*batch.reward.shape))
 
     def draw(self, horizon: int, size: int) -> UpdateNoise:
@@ -160,7 +168,7 @@ class Learner:
         # Policy prior.
         if self._embedding is not None:
             self._embedding.bound(batch.task)
-        policy = self._policy_loss(loss.latents, noise, batch.task)
+        policy = self._policy_loss(loss.latents, noise, batch)
         pi_grad_norm = nn.utils.clip_grad_norm_(self._policy, clip, foreach=True)
         self._policy_adam.step()
         self._policy_adam.zero_grad(set_to_none=True)
@@ -193,9 +201,9 @@ class Learner:
         loss.total.backward()
         return loss
 
-    def _policy_loss(self, latents: Tensor, noise: UpdateNoise, task: Tensor | None) -> PolicyLoss:
+    def _policy_loss(self, latents: Tensor, noise: UpdateNoise, batch: Batch) -> PolicyLoss:
         with _fixed(self.model.q), self._autocast():
-            loss = self._kernels.policy(self.model, latents, noise, self.scale, self._losses, task)
+            loss = self._kernels.policy(self.model, latents, noise, self.scale, self._losses, batch)
         loss.total.backward()
         return loss
 

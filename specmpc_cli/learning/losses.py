@@ -25,6 +25,7 @@ class Batch(NamedTuple):
     reward: Tensor  # [H, B]
     terminated: Tensor  # [H, B] 1.0 where obs[1:] is terminal
     task: Tensor | None = None  # [B] int64: each slice's task, for models of a task set
+    demonstrated: Tensor | None = None  # [B] 1.0 where the actions are a demonstration's, for trainings that have some
 
 
 class UpdateNoise(NamedTuple):
@@ -49,6 +50,7 @@ class LossSettings:
     value_coef: float = 0.1
     termination_coef: float = 1.0
     entropy_coef: float = 1e-4
+    demonstration_coef: float = 1.0  # of the imitation of demonstrated actions, where there are any
     tau: float = 0.01  # rate of the target network and of the running scale
 
 
@@ -110,11 +112,13 @@ def td_target(model: WorldModel, next_z: Tensor, batch: Batch, noise: UpdateNois
     return batch.reward + discount * (1 - batch.terminated) * values.amin(0).view_as(batch.reward)
 
 
-def policy_loss(model: WorldModel, z: Tensor, noise: UpdateNoise, scale: Tensor, s: LossSettings, task: Tensor | None = None) -> PolicyLoss:
-    """Scaled value and entropy of the policy prior's action at the latents z [H+1, B, Z].
+def policy_loss(model: WorldModel, z: Tensor, noise: UpdateNoise, scale: Tensor, s: LossSettings, batch: Batch) -> PolicyLoss:
+    """Scaled value and entropy of the policy prior's action at the latents z [H+1, B, Z] of the batch.
 
-    The caller keeps gradients from the Q-heads' weights (learner.py): only the policy is to learn from this.
+    Where slices are demonstrations the policy's mean also imitates them: our addition, after MoDem (Hansen et al., 2023), which clones
+    them before it trains. The caller keeps gradients from the Q-heads' weights (learner.py): only the policy is to learn from this.
     """
+    task = batch.task
     mean, log_std = model.pi(z, task)
     eps = model.mask_action(noise.pi_eps, task)
     action = torch.tanh(mean + eps * torch.exp(log_std))
@@ -129,6 +133,9 @@ def policy_loss(model: WorldModel, z: Tensor, noise: UpdateNoise, scale: Tensor,
     scale = torch.lerp(scale, percentile_range(values[0].detach()).clamp(min=1.0), s.tau)
     weight = s.rho ** torch.arange(len(z), device=z.device)
     total = (-(s.entropy_coef * scaled_entropy + values / scale).mean(1) * weight).mean()
+    if batch.demonstrated is not None:
+        distance = (torch.tanh(mean[:-1]) - batch.action).square().sum(-1)  # [H, B]
+        total = total + s.demonstration_coef * ((distance * batch.demonstrated).mean(1) * weight[:-1]).mean()
     return PolicyLoss(total, entropy.mean().detach(), scaled_entropy.mean().detach(), scale)
 
 

@@ -71,9 +71,11 @@ class Trainer:
         self.model = WorldModel(WorldModelDims(spec.obs_dim, spec.action_dim, episodic=spec.episodic, **MODEL_SIZES[facts.size]))
         rho = train.rho or (_RHO_EPISODIC if spec.episodic else _RHO)
         losses = LossSettings(discount=spec.discount, **{**_named(LossSettings, train), "rho": rho})
-        self.learner = Learner(self.model, losses, LearnerSettings(**_named(LearnerSettings, train)), runtime, seed=facts.seed)
-        self.replay = Replay(spec.obs_dim, spec.action_dim, train.buffer_size, runtime.device)
-        self._script = make_script(spec.task) if train.demonstrations else None
+        optimisers = LearnerSettings(**_named(LearnerSettings, train))
+        shown = train.demonstrations
+        self.learner = Learner(self.model, losses, optimisers, runtime, seed=facts.seed, demonstrated=shown > 0)
+        self.replay = Replay(spec.obs_dim, spec.action_dim, train.buffer_size, runtime.device, shown)
+        self._script = make_script(spec.task) if shown else None
         self._make_planners()
 
     def _make_planners(self) -> None:

@@ -251,3 +251,37 @@ def test_a_task_sets_updates_are_captured_too() -> None:
     on_gpu = [value.cuda() for value in make_batch() if value is not None]
     losses = [float(learner.update(Batch(*on_gpu, TASKS.cuda())).total_loss) for _ in range(6)]
     assert learner._call._graph is not None and losses[-1] < losses[0]
+
+
+def test_the_policy_prior_imitates_what_was_demonstrated_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    settings = LearnerSettings(lr=3e-3, dropout=0.0)
+    losses = LossSettings(0.97, demonstration_coef=10.0)
+    learner = Learner(make_model(), losses, settings, choose_runtime("cpu", "fp32"), seed=0, demonstrated=True)
+    plain = make_batch(0)
+    shown = torch.arange(SIZE) % 2 == 0
+    target = torch.where(shown[:, None], 0.7, -0.7).expand(HORIZON, SIZE, plain.action.shape[-1])
+    batch = plain._replace(action=target, demonstrated=shown.float())
+    for _ in range(150):
+        learner.update(batch)
+    with torch.no_grad():
+        distance = (learner.model.pi_mean(learner.model.encode(batch.obs[0])) - target[0]).abs().mean(-1)  # [B]
+    assert float(distance[shown].mean()) < 0.2 < 0.8 < float(distance[~shown].mean())
+
+
+def test_imitation_leaves_the_world_model_alone() -> None:
+    results = []
+    for coef in (0.0, 10.0):
+        torch.manual_seed(0)
+        learner = Learner(
+            make_model(),
+            LossSettings(0.97, demonstration_coef=coef),
+            LearnerSettings(),
+            choose_runtime("cpu", "fp32"),
+            seed=0,
+            demonstrated=True,
+        )
+        learner.update(make_batch(0)._replace(demonstrated=torch.ones(SIZE)))
+        results.append(learner.model.state_dict())
+    same = {name for name in results[0] if torch.equal(results[0][name], results[1][name])}
+    assert {name.split(".")[0] for name in results[0].keys() - same} == {"pi_net"}
