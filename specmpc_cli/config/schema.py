@@ -89,6 +89,7 @@ class ActingConfig(Section):
     num_samples: int | None = Field(default=None, ge=2, description="candidates per iteration")
     num_elites: int | None = Field(default=None, ge=1, description="top candidates that refit the distribution")
     horizon: int = Field(default=1, ge=1, le=50, description="env steps executed per plan (1: plan at every step)")
+    policy_share: float = Field(default=0.0, ge=0, le=1, description="share of the rounds in which the policy prior acts alone")
 
 
 class TrainConfig(Section):
@@ -133,7 +134,7 @@ class Config(Section):
     @property
     def training_planner(self) -> PlannerConfig:
         """The planner's settings while training acts."""
-        changes = self.train.acting.model_dump(exclude={"horizon"}, exclude_none=True)
+        changes = self.train.acting.model_dump(exclude={"horizon", "policy_share"}, exclude_none=True)
         if "iterations" in changes:
             changes["large_action_iterations"] = 0
         return PlannerConfig(**{**self.planner.model_dump(), **changes})

@@ -60,14 +60,19 @@ class PlanlessActor(ABC):
 
 
 class PolicyActor(PlanlessActor):
-    """Acts with the policy prior's mean: zero planner calls, the control every comparison needs."""
+    """Acts with the policy prior alone: zero planner calls, the control every comparison needs."""
 
-    def __init__(self, model: WorldModel) -> None:
+    def __init__(self, model: WorldModel, *, explore: bool = False) -> None:
+        """`explore`: draws from the prior instead of taking its mean."""
         super().__init__(next(model.parameters()).device)
-        self.model = model
+        self.model, self._explore = model, explore
 
     def choose(self, obs: Tensor, state: StreamState) -> Tensor:
-        return self.model.pi_mean(self.model.encode(obs))
+        z = self.model.encode(obs)
+        if not self._explore:
+            return self.model.pi_mean(z)
+        eps = np.stack([rng.standard_normal(self.model.dims.action_dim, dtype=np.float32) for rng in _draws(state)])
+        return self.model.pi_sample(z, torch.from_numpy(eps).to(self._device))
 
 
 class DistilledActor(PlanlessActor):

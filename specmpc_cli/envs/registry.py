@@ -23,6 +23,10 @@ class Suite:
     requires: str | None  # the import that tells whether it is installed
     install: str
 
+    @property
+    def installed(self) -> bool:
+        return self.requires is None or importlib.util.find_spec(self.requires) is not None
+
 
 @dataclass(frozen=True, slots=True)
 class TaskEntry:
@@ -33,7 +37,7 @@ class TaskEntry:
 
     @property
     def installed(self) -> bool:
-        return self.suite.requires is None or importlib.util.find_spec(self.suite.requires) is not None
+        return self.suite.installed
 
 
 def _extra(name: str) -> str:
@@ -45,6 +49,7 @@ DMCONTROL = Suite("dmcontrol", "specmpc_cli.envs.dmcontrol", "dm_control", _CORE
 METAWORLD = Suite("metaworld", "specmpc_cli.envs.metaworld", "metaworld", _CORE)
 MYOSUITE = Suite("myosuite", "specmpc_cli.envs.myosuite", "myosuite", _extra("myosuite"))
 MANISKILL = Suite("maniskill", "specmpc_cli.envs.maniskill", "mani_skill", _extra("maniskill"))
+MANISKILL2 = Suite("maniskill", "specmpc_cli.envs.maniskill2", "mani_skill2", "pip install -c constraints-maniskill2.txt '.[maniskill2]'")
 GYMNASIUM = Suite("gymnasium", "specmpc_cli.envs.gymnasium_tasks", "gymnasium", _CORE)
 BOX2D = Suite("gymnasium", "specmpc_cli.envs.gymnasium_tasks", "Box2D", _extra("box2d"))
 POINTMASS = Suite("pointmass", "specmpc_cli.envs.pointmass", None, _CORE)
@@ -80,11 +85,16 @@ push push-back push-wall reach reach-wall shelf-place soccer stick-pull stick-pu
 _MYOSUITE_TASKS = {"reach": 115, "pose": 108, "obj-hold": 91, "key-turn": 93, "pen-twirl": 83}  # observation dimensions
 
 _MANISKILL_TASKS = {"lift-cube": (35, 4), "pick-cube": (42, 4), "stack-cube": (48, 4), "pick-ycb": (45, 7), "turn-faucet": (33, 7)}
+# Version 2 shows more; it counts where it is installed and version 3 is not.
+_MANISKILL2_TASKS = {"lift-cube": (42, 4), "pick-cube": (51, 4), "stack-cube": (55, 4), "pick-ycb": (51, 7), "turn-faucet": (40, 7)}
+_maniskill, _maniskill_tasks = (
+    (MANISKILL2, _MANISKILL2_TASKS) if MANISKILL2.installed and not MANISKILL.installed else (MANISKILL, _MANISKILL_TASKS)
+)
 
 _ENTRIES = [
     *(_entry(DMCONTROL, name, *dims, decisions=500, action_repeat=2) for name, dims in _DMCONTROL_TASKS.items()),
     *(_entry(METAWORLD, f"mw-{name}", 39, 4, 100, 2, has_success=True) for name in _METAWORLD_TASKS.split()),
-    *(_entry(MANISKILL, name, *dims, decisions=100, action_repeat=2, has_success=True) for name, dims in _MANISKILL_TASKS.items()),
+    *(_entry(_maniskill, name, *dims, decisions=100, action_repeat=2, has_success=True) for name, dims in _maniskill_tasks.items()),
     *(
         _entry(MYOSUITE, f"myo-{name}{level}", obs_dim, 39, 100, 1, has_success=True)
         for name, obs_dim in _MYOSUITE_TASKS.items()

@@ -18,7 +18,7 @@ import torch
 from specmpc_cli.config.presets import read_yaml
 from specmpc_cli.config.schema import Config
 from specmpc_cli.data.replay import Replay, ReplayEpisode
-from specmpc_cli.engine.actors import RandomActor, ScriptedActor
+from specmpc_cli.engine.actors import PolicyActor, RandomActor, ScriptedActor
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.runner import SpeculativeRunner
 from specmpc_cli.engine.world_model import MODEL_SIZES, WorldModel, WorldModelDims
@@ -197,6 +197,9 @@ class Trainer:
             return ScriptedActor(self._script, self.config.train.demonstration_noise, self.runtime.device)
         if seeding:
             return RandomActor(self.spec.action_dim, self.runtime.device)
+        share, round_ = self.config.train.acting.policy_share, self.counters.episodes // self.facts.num_envs
+        if math.floor(share * (round_ + 1)) > math.floor(share * round_):
+            return PolicyActor(self.model, explore=True)
         return SpeculativeRunner(self.model, self._acting, GateRule(self.config.train.acting.horizon, accept_below=math.inf))
 
     def _decided(self, count: int) -> None:

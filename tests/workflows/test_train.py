@@ -231,6 +231,12 @@ def test_speculative_acting_plans_less(tmp_path: Path) -> None:
     assert [line["planner_calls"] for line in lines(tmp_path) if line["event"] == "episode"] == [0, 0, 10]
 
 
+def test_the_policy_prior_takes_its_share_of_the_rounds(tmp_path: Path) -> None:
+    begin(tmp_path, settings=[*SMALL, "train.acting.policy_share=0.5"], steps=320).run(320, Watcher())
+    episodes = [line for line in lines(tmp_path) if line["event"] == "episode"]
+    assert [line["planner_calls"] for line in episodes] == [0, 0, 40, 0, 40, 0, 40, 0]  # two at random
+
+
 def test_it_learns_pointmass(tmp_path: Path) -> None:
     """Real learning, in small: better than random by far after 400 decisions."""
     settings = ["train.seed_steps=400", "train.batch_size=64", "train.seed_updates=300", "train.updates_per_decision=1", "train.lr=0.001",
