@@ -65,8 +65,8 @@ def begin_training(
         raise ConfigError(
             f"--num-envs {facts.num_envs} episodes of {spec.decisions} decisions are more than --steps {steps}; take fewer environments"
         )
-    store.claim()
     trainer = Trainer(store, spec, facts, runtime)
+    store.claim()
     if saved:
         trainer.resume()
     return trainer

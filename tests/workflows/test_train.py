@@ -211,7 +211,8 @@ def test_demonstrations_come_first_and_are_learnt_from(tmp_path: Path, monkeypat
 
 def test_a_task_without_a_script_cannot_be_demonstrated(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="pointmass has no scripted policy"):
-        begin(tmp_path, settings=[*SMALL, "train.demonstrations=3"], steps=1000)
+        begin(tmp_path / "store", settings=[*SMALL, "train.demonstrations=3"], steps=1000)
+    assert not (tmp_path / "store").exists()
 
 
 def test_several_environments_learn_at_the_same_rate_and_continue(tmp_path: Path) -> None:
