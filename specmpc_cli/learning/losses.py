@@ -115,8 +115,8 @@ def td_target(model: WorldModel, next_z: Tensor, batch: Batch, noise: UpdateNois
 def policy_loss(model: WorldModel, z: Tensor, noise: UpdateNoise, scale: Tensor, s: LossSettings, batch: Batch) -> PolicyLoss:
     """Scaled value and entropy of the policy prior's action at the latents z [H+1, B, Z] of the batch.
 
-    Where slices are demonstrations the policy's mean also imitates them: our addition, after MoDem (Hansen et al., 2023), which clones
-    them before it trains. The caller keeps gradients from the Q-heads' weights (learner.py): only the policy is to learn from this.
+    Where slices are demonstrations the policy's draws also imitate them: our addition, after MoDem (Hansen et al., 2023), which clones
+    them before it trains. Draws, not means: with a free spread, TD targets would value noise around the right actions. The caller keeps gradients from the Q-heads' weights (learner.py): only the policy is to learn from this.
     """
     task = batch.task
     mean, log_std = model.pi(z, task)
@@ -134,7 +134,7 @@ def policy_loss(model: WorldModel, z: Tensor, noise: UpdateNoise, scale: Tensor,
     weight = s.rho ** torch.arange(len(z), device=z.device)
     total = (-(s.entropy_coef * scaled_entropy + values / scale).mean(1) * weight).mean()
     if batch.demonstrated is not None:
-        distance = (torch.tanh(mean[:-1]) - batch.action).square().sum(-1)  # [H, B]
+        distance = (action[:-1] - batch.action).square().sum(-1)  # [H, B]
         total = total + s.demonstration_coef * ((distance * batch.demonstrated).mean(1) * weight[:-1]).mean()
     return PolicyLoss(total, entropy.mean().detach(), scaled_entropy.mean().detach(), scale)
 

@@ -265,8 +265,9 @@ def test_the_policy_prior_imitates_what_was_demonstrated_and_nothing_else() -> N
     for _ in range(150):
         learner.update(batch)
     with torch.no_grad():
-        distance = (learner.model.pi_mean(learner.model.encode(batch.obs[0])) - target[0]).abs().mean(-1)  # [B]
-    assert float(distance[shown].mean()) < 0.2 < 0.8 < float(distance[~shown].mean())
+        z = learner.model.encode(batch.obs[0])
+        distance = (learner.model.pi_sample(z, torch.randn(SIZE, 2)) - target[0]).abs().mean(-1)  # [B]
+    assert float(distance[shown].mean()) < 0.25 < 0.8 < float(distance[~shown].mean())
 
 
 def test_imitation_leaves_the_world_model_alone() -> None:
