@@ -116,7 +116,9 @@ def policy_loss(model: WorldModel, z: Tensor, noise: UpdateNoise, scale: Tensor,
     """Scaled value and entropy of the policy prior's action at the latents z [H+1, B, Z] of the batch.
 
     Where slices are demonstrations the policy's draws also imitate them: our addition, after MoDem (Hansen et al., 2023), which clones
-    them before it trains. Draws, not means: with a free spread, TD targets would value noise around the right actions. The caller keeps gradients from the Q-heads' weights (learner.py): only the policy is to learn from this.
+    them before it trains. Draws, not means: with a free spread, TD targets would value noise around the right actions.
+
+    The caller keeps gradients from the Q-heads' weights (learner.py): only the policy is to learn from this.
     """
     task = batch.task
     mean, log_std = model.pi(z, task)
