@@ -88,7 +88,7 @@ def collect(
 def fit_corrector(
     common: Common,
     task: TaskOption = None,
-    arch: Annotated[list[str] | None, typer.Option(help="two-tower, temporal or distilled; repeatable, all if left out.")] = None,
+    arch: Annotated[list[str] | None, typer.Option(help="two-tower, temporal or distilled; repeatable, the first two if left out.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Most passes over the data.")] = None,
     max_return_loss: Annotated[
         float | None, typer.Option(help="Calibrate the gate: save what can be saved within this share of lost return.")
@@ -103,13 +103,13 @@ def fit_corrector(
     from dataclasses import asdict
 
     from specmpc_cli.cli.tables import fit_table
-    from specmpc_cli.engine.correctors import CORRECTORS
+    from specmpc_cli.engine.correctors import DEFAULT_ARCHS
     from specmpc_cli.workflows.acting import DEFAULT_HORIZON, Mode, Way, check_archs
     from specmpc_cli.workflows.calibrate import FEWEST_EPISODES, check_promise
     from specmpc_cli.workflows.fit_corrector import as_corrector, fit, measure_label_noise, save
 
     out = output_for(common)
-    archs = check_archs(list(dict.fromkeys(arch or CORRECTORS)))
+    archs = check_archs(list(dict.fromkeys(arch or DEFAULT_ARCHS)))
     settings = [*(set_ or []), *([f"corrector.epochs={epochs}"] if epochs else [])]
     store, bench = open_store(common, out, task, preset, settings)
     promise_over = calibrate_episodes or FEWEST_EPISODES

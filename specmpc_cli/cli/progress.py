@@ -83,7 +83,8 @@ def show_report(out: Output, report: dict[str, Any]) -> None:
     out.say(f"trained: {report['decisions']} decisions, {report['updates']} updates, {report['seconds'] / 60:.0f} min")
     decisions = report["teacher_decisions"]
     which = "last evaluation" if decisions == report["decisions"] else f"best evaluation (after {decisions} decisions, and kept)"
-    out.say(f"{which}: return {report['return_mean']:.1f} over {len(report['returns'])} episodes")
+    if report["returns"]:
+        out.say(f"{which}: return {report['return_mean']:.1f} over {len(report['returns'])} episodes")
     out.say(f"teacher: {report['path']}")
     out.say(f"curve:   {report['curve']}")
 

@@ -110,10 +110,12 @@ class TrainConfig(Section):
     dropout: float = Field(default=0.01, ge=0, lt=1, description="in the first layer of each Q-head")
     buffer_size: int = Field(default=1_000_000, ge=1, description="decisions that the replay holds")
     seed_steps: int | None = Field(default=None, ge=1, description="random decisions at first; max(1000, 5 episodes) if left out")
-    demonstrations: int = Field(default=0, ge=0, description="episodes before those, played by the task's scripted policy")
+    demonstrations: int = Field(default=0, ge=0, description="episodes before those at random, played by the task's scripted policy")
     demonstration_noise: float = Field(default=0.1, ge=0, description="spread of the noise on each scripted action")
     demonstration_coef: float = Field(default=1.0, ge=0, description="weight of their imitation in the policy prior's loss")
-    seed_updates: int | None = Field(default=None, ge=0, description="updates made at once after them; as many as they are if left out")
+    seed_updates: int | None = Field(
+        default=None, ge=0, description="updates made after the seed phase; one per decision of it if left out"
+    )
     updates_per_decision: float = Field(default=1.0, gt=0, le=64, description="updates per decision from then on")
     acting: ActingConfig = ActingConfig()
     eval_every: int = Field(default=10_000, ge=1, description="decisions between evaluations")

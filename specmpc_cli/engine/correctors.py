@@ -53,6 +53,10 @@ class BaseCorrector(nn.Module, ABC):
     def forward(self, visit: Visit) -> tuple[Tensor, Tensor]:
         """→ delta [B, A] and the expected squared error of the corrected action [B], a mean over action dimensions."""
 
+    def added(self, visit: Visit, delta: Tensor) -> Tensor:
+        """What fitting penalises [B, A]: how far the executed action is from the one the network starts from."""
+        return delta
+
     def config(self) -> dict[str, Any]:
         """What `build_corrector` needs to make this network again."""
         return {"arch": self.arch, **asdict(self.dims)}
@@ -179,8 +183,12 @@ class DistilledPolicy(BaseCorrector):
         action, error = self.propose(visit.z, visit.prior)
         return action - visit.planned, error
 
+    def added(self, visit: Visit, delta: Tensor) -> Tensor:
+        return visit.planned + delta - visit.prior  # it knows no plan
+
 
 CORRECTORS: dict[str, type[BaseCorrector]] = {c.arch: c for c in (TwoTowerCorrector, TemporalTransformerCorrector, DistilledPolicy)}
+DEFAULT_ARCHS = (TwoTowerCorrector.arch, TemporalTransformerCorrector.arch)  # fitted where none is named
 
 
 def build_corrector(arch: str, dims: CorrectorDims) -> BaseCorrector:

@@ -1,7 +1,8 @@
-"""ManiSkill's five tasks on ManiSkill 2, as the published results ran them: its observations and rewards, from states, without a graphics
-device. Lives in a virtual environment of its own (constraints-maniskill2.txt), because it needs an older NumPy than everything else.
+"""ManiSkill's five tasks on ManiSkill 2 (0.5), the major version of the published results: its tasks, observations and rewards, from
+states, without a graphics device. Lives in a virtual environment of its own (constraints-maniskill2.txt), because it needs an older NumPy.
 
-What differs from the official wrapper: an episode ends when the environment says so, which is treated as truncation.
+An episode ends when the environment says so, with its first success, which is treated as truncation. Rewards are normalised, the
+default of 0.5; those of 0.4 were larger by a constant factor for each task.
 """
 
 # In no environment where types are checked.

@@ -1,6 +1,6 @@
 """Distilling the planner: fits a corrector to what fresh plans would have done.
 
-Loss: mean squared error of the corrected action to the fresh plan's weighted elite mean, plus a penalty on the correction's size. A second
+Loss: mean squared error of the corrected action to the fresh plan's weighted elite mean, plus a penalty on what the network adds. A second
 head learns the corrected action's own squared error. Episodes, not steps, are held out for validation.
 """
 
@@ -177,7 +177,7 @@ def _loss(corrector: BaseCorrector, table: TupleTable, rows: Tensor, delta_penal
     delta, expected = corrector(visit)
     error = (visit.planned + delta - table.label[rows]).square().mean(-1)  # [rows]
     calibration = (expected - error.detach()).square().mean()
-    return error.detach().mean(), error.mean() + delta_penalty * delta.square().mean() + calibration
+    return error.detach().mean(), error.mean() + delta_penalty * corrector.added(visit, delta).square().mean() + calibration
 
 
 @torch.no_grad()

@@ -27,8 +27,9 @@ def check_loss(max_return_loss: float, episodes: int) -> None:
 def best_within(report: Report, max_return_loss: float) -> dict[str, Any]:
     """The row that saves most calls while it keeps 1 − `max_return_loss` of the baseline's return (of its success, for tasks with success).
 
-    It is chosen on the episodes of even index and reported on those of odd index. The baseline itself always keeps the bound, so there is
-    always a row; where no other does, it is the baseline, which saves nothing.
+    Controls that never plan may be it too: then planning less is not what the task needs. It is chosen on the episodes of even index and
+    reported on those of odd index. The baseline itself always keeps the bound, so there is always a row; where no other does, it is the
+    baseline, which saves nothing.
 
     Returns:
         `max_return_loss`, `row` (its index in the report), `mode`, `horizon`, `corrector`, and of the reporting half: `episodes`,

@@ -13,17 +13,18 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+CONTROLS = ("policy", "distilled")  # modes that never plan
 _MARKS = {"baseline": "o", "policy": "X", "naive": "s", "corrected": "D", "adaptive": "P", "distilled": "*"}
 _COLOURS = {None: "#6b7280", "two-tower": "#2563eb", "temporal": "#d97706", "distilled": "#059669"}
 _OFFSETS = {None: -9.0, "two-tower": 0.0, "temporal": 9.0, "distilled": 18.0}  # points to the side
 
 
 def pareto_front(rows: list[Row]) -> list[Row]:
-    """The rows that no other beats in both calls saved and return, by calls saved. Rows without a ratio, and policy, do not count.
+    """The rows that no other beats in both calls saved and return, by calls saved. Rows without a ratio, and controls, do not count.
 
-    Policy makes no calls at all: it is the control, not a way of planning less.
+    Policy and distilled make no calls at all: they are controls, not ways of planning less.
     """
-    entries = [row for row in rows if row["return_vs_baseline"] is not None and row["mode"] != "policy"]
+    entries = [row for row in rows if row["return_vs_baseline"] is not None and row["mode"] not in CONTROLS]
     front = [
         row
         for row in entries
@@ -90,7 +91,7 @@ def plot_front(report: dict[str, Any], path: Path) -> None:
             ratio,
             yerr=[[max(ratio - low, 0.0)], [max(high - ratio, 0.0)]],
             marker=_MARKS[row["mode"]],
-            markersize=9 if row["mode"] not in ("policy", "distilled") else 12,
+            markersize=9 if row["mode"] not in CONTROLS else 12,
             color=_COLOURS[row["corrector"]],
             markeredgecolor="white",
             capsize=3,
@@ -127,7 +128,7 @@ def plot_training(metrics: list[dict[str, Any]], task: str, path: Path, publishe
     from matplotlib.figure import Figure
 
     score = "success" if any("success_rate" in line for line in metrics) else "return"
-    episodes = [(line["decisions"], float(line[score])) for line in metrics if line["event"] == "episode"]
+    episodes = [(line["decisions"], float(line[score])) for line in metrics if line["event"] == "episode" and line.get("actor") != "script"]
     name = "success_rate" if score == "success" else "return_mean"
     evaluations = [(line["decisions"], line[name]) for line in metrics if line["event"] == "eval"]
     figure = Figure(figsize=(7.5, 4.4), layout="constrained")

@@ -12,7 +12,7 @@ from specmpc_cli.errors import ConfigError
 from specmpc_cli.files import check_destination, write_whole
 from specmpc_cli.types import Decision
 from specmpc_cli.workflows.evaluate import Report, Row
-from specmpc_cli.workflows.plots import beside, computed_on, pareto_front, row_label
+from specmpc_cli.workflows.plots import CONTROLS, beside, computed_on, pareto_front, row_label
 from specmpc_cli.workflows.svg import Chart
 
 _COLUMNS = (
@@ -30,13 +30,16 @@ _COLUMNS = (
 )
 _DECISIONS = {Decision.ACCEPT: "accept", Decision.CORRECT: "correct", Decision.REPLAN: "replan"}
 
+_COLOURS = 12  # of rows, --s0 to --s11
+
 _STYLE = (
     """
 :root { color-scheme: light dark; --ground: #ffffff; --ink: #1b1f24; --faint: #6b7280; --rule: #e5e7eb; --accept: #009e73;
   --correct: #e69f00; --replan: #d55e00; --s0: #57606a; --s1: #0072b2; --s2: #d55e00; --s3: #009e73; --s4: #cc79a7; --s5: #b8860b;
-  --s6: #56b4e9; --s7: #8250df; }
+  --s6: #56b4e9; --s7: #8250df; --s8: #a0522d; --s9: #2e7d32; --s10: #c2185b; --s11: #3f51b5; }
 @media (prefers-color-scheme: dark) { :root { --ground: #14171a; --ink: #e6e8eb; --faint: #9aa4ad; --rule: #2c3238; --s0: #aab2ba;
-  --s1: #58a6ff; --s2: #ff8c4b; --s3: #2bd4a0; --s4: #e8a0c8; --s5: #e3b341; --s6: #8fd0ff; --s7: #b392f0; } }
+  --s1: #58a6ff; --s2: #ff8c4b; --s3: #2bd4a0; --s4: #e8a0c8; --s5: #e3b341; --s6: #8fd0ff; --s7: #b392f0; --s8: #d9a07b; --s9: #81c784;
+  --s10: #f48fb1; --s11: #9fa8da; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 70rem; padding: 1.2rem 1rem 4rem; background: var(--ground); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
@@ -59,7 +62,7 @@ pre { overflow-x: auto; font-size: .8rem; padding: .7rem; border: 1px solid var(
 """
     + "".join(
         f".line.s{i} {{ stroke: var(--s{i}); }} .dot.s{i} {{ fill: var(--s{i}); }} i.s{i} {{ background: var(--s{i}); }}\n"
-        for i in range(8)
+        for i in range(_COLOURS)
     )
     + "".join(f"i.{name} {{ background: var(--{name}); }}\n" for name in _DECISIONS.values())
 )
@@ -81,7 +84,7 @@ def write_page(report: Report, path: Path, command: str, best: str | None = None
         best: the sentence on the best row within a bound, if one was asked for.
     """
     rows = report["rows"]
-    names = {id(row): index % 8 for index, row in enumerate(rows)}
+    names = {id(row): index % _COLOURS for index, row in enumerate(rows)}
     how = {name: report[name] for name in ("teacher", "seed", "episodes", "config", "versions", "commit")}
     parts = [
         f"<h1>{escape(report['task'])}</h1>",
@@ -99,7 +102,7 @@ def write_page(report: Report, path: Path, command: str, best: str | None = None
         "<h2>One episode</h2>",
         '<p class="faint">The first episode: mismatch of predicted and real latent over its steps, and below it what was decided.</p>',
         '<div class="key">' + "".join(f'<span><i class="{name}"></i>{name}</span>' for name in _DECISIONS.values()) + "</div>",
-        *(_trace(row, names[id(row)]) for row in rows if row["mode"] not in ("baseline", "policy", "distilled")),
+        *(_trace(row, names[id(row)]) for row in rows if row["mode"] not in ("baseline", *CONTROLS)),
         "<h2>How it was made</h2>",
         f"<pre>{escape(command)}</pre>",
         f"<pre>{escape(json.dumps(how, indent=1))}</pre>",

@@ -95,7 +95,6 @@ def _facts(
 def training_report(trainer: Trainer, store: Store) -> dict[str, Any]:
     """The document of `train --json` (docs/json.md)."""
     evaluations, kept = trainer.log.evaluations, trainer.kept_evaluation
-    assert kept is not None, "a training ends with an evaluation"
     folder = store.folder / "teacher"
     return {
         "schema": 1,
@@ -107,8 +106,8 @@ def training_report(trainer: Trainer, store: Store) -> dict[str, Any]:
         "sha256": store.teacher().sha256,
         **asdict(trainer.counters),
         "seconds_this_time": trainer.counters.seconds - trainer.seconds_before,
-        "teacher_decisions": kept["decisions"],
-        "return_mean": kept["return_mean"],
-        "returns": kept["returns"],
+        "teacher_decisions": kept["decisions"] if kept else trainer.counters.decisions,
+        "return_mean": kept["return_mean"] if kept else None,
+        "returns": kept["returns"] if kept else [],
         "evaluations": [{"decisions": line["decisions"], "return_mean": line["return_mean"]} for line in evaluations],
     }

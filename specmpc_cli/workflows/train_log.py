@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from specmpc_cli.workflows.rollout import EpisodeStats
 from specmpc_cli.workflows.train_state import Counters
 
 Line = dict[str, Any]
+ActorName = Literal["script", "random", "policy", "planner"]  # who plays an episode of a training
 
 
 @dataclass(slots=True)
@@ -60,7 +61,13 @@ class TrainingLog:
     @property
     def best(self) -> Line | None:
         """The evaluation with the highest success rate, or return where there is no success; of equals the later."""
-        return max(reversed(self.evaluations), key=lambda line: (line.get("success_rate", 0.0), line["return_mean"]), default=None)
+        kept = [line for line in reversed(self.evaluations) if "forgotten" not in line]
+        return max(kept, key=lambda line: (line.get("success_rate", 0.0), line["return_mean"]), default=None)
+
+    def forget_best(self) -> None:
+        """No evaluation so far counts as the best any more, because its weights are gone."""
+        for line in self.evaluations:
+            line["forgotten"] = True
 
     def updated(self, info: UpdateInfo) -> None:
         """An update was made."""
@@ -75,7 +82,7 @@ class TrainingLog:
         self._recent = []
         return {name: float(f"{mean:.6g}") for name, mean in zip(UpdateInfo._fields, means, strict=True)}
 
-    def episode(self, counters: Counters, number: int, stat: EpisodeStats, losses: dict[str, float]) -> Line:
+    def episode(self, counters: Counters, number: int, who: ActorName, stat: EpisodeStats, losses: dict[str, float]) -> Line:
         """A finished episode of the training."""
         success = {"success": stat.success} if self._has_success else {}
         return self._add(
@@ -83,6 +90,7 @@ class TrainingLog:
                 "event": "episode",
                 "decisions": counters.decisions,
                 "episode": number,
+                "actor": who,
                 "return": stat.episode_return,
                 **success,
                 "env_steps": stat.env_steps,

@@ -52,7 +52,7 @@ class Counters:
     decisions: int = 0
     episodes: int = 0
     updates: int = 0
-    seed_decisions: int | None = None  # decisions made at random; None until the seed phase is over
+    seed_decisions: int | None = None  # demonstrated or made at random; None until the seed phase is over
     seconds: float = 0.0  # wall time spent so far
 
 

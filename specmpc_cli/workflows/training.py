@@ -10,12 +10,12 @@ import contextlib
 import math
 import time
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from specmpc_cli.config.presets import read_yaml
 from specmpc_cli.config.schema import Config
 from specmpc_cli.data.replay import Replay, ReplayEpisode
 from specmpc_cli.engine.actors import PolicyActor, RandomActor, ScriptedActor
@@ -24,7 +24,7 @@ from specmpc_cli.engine.runner import SpeculativeRunner
 from specmpc_cli.engine.world_model import MODEL_SIZES, WorldModel, WorldModelDims
 from specmpc_cli.envs.registry import make_script
 from specmpc_cli.envs.vector import VectorEnv
-from specmpc_cli.errors import ActionNotFinite, Interrupted, SpecMPCError, StoreError, TrainingDiverged
+from specmpc_cli.errors import ActionNotFinite, CheckpointError, Interrupted, SpecMPCError, StoreError, TrainingDiverged
 from specmpc_cli.learning.learner import Learner, LearnerSettings
 from specmpc_cli.learning.losses import Batch, LossSettings
 from specmpc_cli.runtime import Purpose, Runtime
@@ -34,7 +34,7 @@ from specmpc_cli.workflows.acting import COMPILER_ERRORS, make_planner, plan_onc
 from specmpc_cli.workflows.plots import plot_training
 from specmpc_cli.workflows.rollout import Episode, Transition, rollout
 from specmpc_cli.workflows.store import Store, timestamp
-from specmpc_cli.workflows.train_log import Line, Progress, TrainingLog, Watcher, not_finite, write_diagnosis
+from specmpc_cli.workflows.train_log import ActorName, Line, Progress, TrainingLog, Watcher, not_finite, write_diagnosis
 from specmpc_cli.workflows.train_state import Counters, ResumeFolder, SavedTraining, TrainFacts
 
 FINITE_EVERY = {"cpu": 1, "cuda": 100}  # updates between looks for NaN: on a GPU a look waits for the device
@@ -85,13 +85,22 @@ class Trainer:
     def resume(self) -> None:
         """Goes on from the checkpoint in the store. Raises CheckpointError or DatasetError if it is damaged."""
         saved, tensors, episodes = self._resume.load()
-        self.learner.load_state_dict(tensors, saved.counters.updates)
+        try:
+            self.learner.load_state_dict(tensors, saved.counters.updates)
+        except (KeyError, RuntimeError):
+            raise CheckpointError(
+                f"{self._resume.state_file} is of a model with other dimensions than {self.spec.task} has here (another version of its "
+                "suite?); begin anew with --fresh, or keep both with another --name"
+            ) from None
         for episode in episodes:
             self.replay.add(episode)
         self.counters, self.log.lines = saved.counters, saved.metrics
         self.seconds_before, self.checkpointed = saved.counters.seconds, saved.counters.decisions
         if saved.counters.seed_decisions is not None:
             self._progress.phase = "training"
+        if not self._weights_are_the_teachers and not self._store.has_teacher():
+            self.log.forget_best()
+            self.notes.append("the best evaluated weights are gone from the store: from here on it keeps the best of those to come")
         if saved.computed_on != self._computed_on:
             self.notes.append(
                 f"this training ran on {saved.computed_on} before and goes on on {self._computed_on}: "
@@ -145,15 +154,16 @@ class Trainer:
         saved = time.monotonic()
         self._began = saved - self.counters.seconds
         self._acting.refresh()
-        if self.checkpointed and not self._teacher_is_current() and (self._weights_are_the_teachers or not self._store.has_teacher()):
-            self._save_teacher()
+        if self.checkpointed and self._weights_are_the_teachers:
+            self._save_teacher()  # a kill may have come between the checkpoint and its files
         while self.counters.decisions < steps:
             before = self.counters.decisions
             self._round(envs)
             due = done = self.counters.decisions >= steps
             if _crossed(self.config.train.eval_every, before, self.counters.decisions) or done:
                 self._evaluate(envs)
-                due |= self.config.train.keep == "best" and self._weights_are_the_teachers  # the next update changes them
+                # The next update changes the weights.
+                due |= self.config.train.keep == "best" and self.log.best is not None and self._weights_are_the_teachers
             if due or time.monotonic() - saved >= self.config.train.checkpoint_seconds:
                 self.checkpoint()
                 saved = time.monotonic()
@@ -162,13 +172,14 @@ class Trainer:
         """Plays one episode in each environment, learning after each decision; then makes the burst if the seed phase ended."""
         recorder = _Recorder()
         seeding = self.counters.seed_decisions is None
+        who = self._who_acts(seeding)
         first, count = self.counters.episodes, self.facts.num_envs
         if seeding:  # no more at random than the seed phase needs, however many environments there are
             needed = math.ceil((seed_steps(self.config, self.spec) - self.counters.decisions) / self.spec.decisions)
             demonstrated = self.config.train.demonstrations - first
             count = min(count, needed, demonstrated if demonstrated > 0 else needed)
         stats = rollout(
-            self._actor(seeding),
+            self._actor(who),
             envs,
             [Episode(Purpose.TRAIN, self.facts.seed, first + number) for number in range(count)],
             device=self.runtime.device,
@@ -183,7 +194,7 @@ class Trainer:
             self.replay.add(episode)
             self._unsaved.append(episode)
             self._progress.last_return = stat.episode_return
-            self._watcher.on_metrics(self.log.episode(self.counters, number, stat, losses))
+            self._watcher.on_metrics(self.log.episode(self.counters, number, who, stat, losses))
         if seeding and self.counters.decisions >= seed_steps(self.config, self.spec):
             self.counters = replace(self.counters, seed_decisions=self.counters.decisions)
             self._progress.phase = "first updates"
@@ -191,16 +202,25 @@ class Trainer:
             self._watcher.on_metrics(self.log.burst(self.counters))
             self._progress.phase = "training"
 
-    def _actor(self, seeding: bool) -> Actor[Any]:
-        if seeding and self.counters.episodes < self.config.train.demonstrations:
-            assert self._script is not None
-            return ScriptedActor(self._script, self.config.train.demonstration_noise, self.runtime.device)
+    def _who_acts(self, seeding: bool) -> ActorName:
+        """In the next round: demonstrations come first, then random actions, then plans, with the policy prior's share of the rounds."""
         if seeding:
-            return RandomActor(self.spec.action_dim, self.runtime.device)
+            return "script" if self.counters.episodes < self.config.train.demonstrations else "random"
         share, round_ = self.config.train.acting.policy_share, self.counters.episodes // self.facts.num_envs
-        if math.floor(share * (round_ + 1)) > math.floor(share * round_):
-            return PolicyActor(self.model, explore=True)
-        return SpeculativeRunner(self.model, self._acting, GateRule(self.config.train.acting.horizon, accept_below=math.inf))
+        return "policy" if math.floor(share * (round_ + 1)) > math.floor(share * round_) else "planner"
+
+    def _actor(self, who: ActorName) -> Actor[Any]:
+        device = self.runtime.device
+        match who:
+            case "script":
+                assert self._script is not None
+                return ScriptedActor(self._script, self.config.train.demonstration_noise, device)
+            case "random":
+                return RandomActor(self.spec.action_dim, device)
+            case "policy":
+                return PolicyActor(self.model, explore=True)
+            case "planner":
+                return SpeculativeRunner(self.model, self._acting, GateRule(self.config.train.acting.horizon, accept_below=math.inf))
 
     def _decided(self, count: int) -> None:
         """So many decisions were made: learns what is due. Their own episodes can be learnt from only when they have ended."""
@@ -249,16 +269,14 @@ class Trainer:
     # Keeping
 
     def checkpoint(self) -> None:
-        """Writes everything that continuing needs, then the teacher as it is now. Raises TrainingDiverged, StoreError."""
+        """Writes everything that continuing needs, then the teacher unless better weights are kept. Raises TrainingDiverged, StoreError."""
         self._expect_finite()
         saved = SavedTraining(self.facts, self.counters, self._computed_on, self.log.lines)
         self._resume.save(saved, self.learner.state_dict(), self._unsaved)
         self.checkpointed = self.counters.decisions
         self._unsaved = []
-        if self._weights_are_the_teachers:
-            self._save_teacher()
+        folder = self._save_teacher() if self._weights_are_the_teachers else self._store.save_teacher_metrics(self.log.lines)
         evaluations = self.log.evaluations
-        folder = self._store.save_teacher_metrics(self.log.lines)
         if len(evaluations) > self._drawn:
             plot_training(self.log.lines, self.spec.task, folder / "training.png")
             self._drawn = len(evaluations)
@@ -278,7 +296,7 @@ class Trainer:
     def _weights_are_the_teachers(self) -> bool:
         return self._teacher_decisions == self.counters.decisions
 
-    def _save_teacher(self) -> None:
+    def _save_teacher(self) -> Path:
         evaluation = self.kept_evaluation
         origin = {
             "made_by": "specmpc train",
@@ -295,15 +313,7 @@ class Trainer:
             "versions": versions(),
         }
         config = {**self.facts.config, "dims": asdict(self.model.dims), "origin": origin}
-        self._store.save_teacher(self.model, config, self.log.lines, TEACHER_DTYPE)
-
-    def _teacher_is_current(self) -> bool:
-        """Whether the teacher's files are those that belong to this checkpoint; they are not if a run was killed between the two."""
-        folder = self._store.folder / "teacher"
-        if not (self._store.has_teacher() and (folder / "config.yaml").exists()):
-            return False
-        origin = read_yaml(folder / "config.yaml").get("origin", {})
-        return origin.get("made_by") == "specmpc train" and origin.get("decisions") == self._teacher_decisions
+        return self._store.save_teacher(self.model, config, self.log.lines, TEACHER_DTYPE)
 
     @property
     def _computed_on(self) -> str:

@@ -86,6 +86,7 @@ def pipeline(make_command: Callable[[str], Command], checkpoint: Path) -> Comman
         ("import", str(checkpoint), "--task", "pointmass"),
         ("collect", "--episodes", "4", "--rounds", "2"),
         ("fit-corrector",),
+        ("fit-corrector", "--arch", "distilled"),
     ):
         result = command(*arguments)
         assert result.code == 0, result.err

@@ -76,10 +76,10 @@ def test_requirements() -> None:
     assert all(row[field] is None or isinstance(row[field], float | int) for field in REQUIRABLE)
 
 
-def test_the_front_keeps_what_nothing_beats_and_leaves_the_policy_out() -> None:
+def test_the_front_keeps_what_nothing_beats_and_leaves_controls_out() -> None:
     def row(mode: str, saved: float, ratio: float | None) -> dict[str, object]:
         return {"mode": mode, "calls_saved": saved, "return_vs_baseline": ratio}
 
     baseline, good, worse, far = row("baseline", 0, 1), row("corrected", 0.8, 0.95), row("naive", 0.7, 0.9), row("naive", 0.9, 0.5)
-    rows = [baseline, row("policy", 1.0, 0.7), worse, far, good, row("naive", 0.95, None)]
+    rows = [baseline, row("policy", 1.0, 0.7), row("distilled", 1.0, 1.1), worse, far, good, row("naive", 0.95, None)]
     assert pareto_front(rows) == [baseline, good, far]

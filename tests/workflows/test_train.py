@@ -153,45 +153,81 @@ def test_a_finished_training_whose_teacher_was_not_written_writes_it(tmp_path: P
     assert_same_training(tmp_path, straight)
 
 
-def worse_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes every evaluation worse than the one before."""
+def scores(monkeypatch: pytest.MonkeyPatch, returns: dict[int, float]) -> None:
+    """Makes the evaluation after so many decisions find that return."""
     evaluation = TrainingLog.evaluation
 
-    def worse(log: TrainingLog, counters: Counters, stats: Any) -> dict[str, Any]:
+    def fixed(log: TrainingLog, counters: Counters, stats: Any) -> dict[str, Any]:
         line = evaluation(log, counters, stats)
-        line["return_mean"] = -float(counters.decisions)
+        line["return_mean"] = returns[counters.decisions]
         return line
 
-    monkeypatch.setattr(TrainingLog, "evaluation", worse)
+    monkeypatch.setattr(TrainingLog, "evaluation", fixed)
+
+
+def same_weights(one: Path, other: Path, file: str = "model.safetensors") -> bool:
+    found, expected = load_file(teacher(one) / file), load_file(teacher(other) / file)
+    return all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 @pytest.mark.parametrize("when", [None, 130, 190])
 def test_the_best_evaluated_weights_are_kept_if_asked_for(
     tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, when: int | None
 ) -> None:
-    worse_every_time(monkeypatch)
-    settings = [*SMALL, "train.keep=best"]
+    """Three evaluations, the second of which is the best."""
+    scores(monkeypatch, {80: 1.0, 120: 3.0, 160: 2.0, 200: 2.0})
+    settings = [*SMALL, "train.keep=best", "train.eval_every=40"]
     if when:
         with pytest.raises(Killed):
             begin(tmp_path / "best", settings=settings).run(STEPS, Watcher(kill_at(when)))
     trainer = begin(tmp_path / "best", settings=settings)
     trainer.run(STEPS, Watcher())
     report = training_report(trainer, Store(tmp_path / "best", "pointmass"))
-    assert (report["decisions"], report["teacher_decisions"], report["return_mean"]) == (STEPS, 120, -120.0)
+    assert (report["decisions"], report["teacher_decisions"], report["return_mean"]) == (STEPS, 120, 3.0)
 
     begin(tmp_path / "short").run(120, Watcher())
-    for root, same_as, file in (("best", tmp_path / "short", "model.safetensors"), ("best", straight, "resume/state.safetensors")):
-        found, expected = load_file(teacher(tmp_path / root) / file), load_file(teacher(same_as) / file)
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert same_weights(tmp_path / "best", tmp_path / "short")
+    assert same_weights(tmp_path / "best", straight, "resume/state.safetensors")
 
 
-def test_a_best_teacher_that_was_lost_is_replaced_by_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    worse_every_time(monkeypatch)
+@pytest.mark.parametrize("write", ["store.write_whole", "store.save_world_model"])
+def test_killed_while_the_best_is_written_it_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str) -> None:
+    """The checkpoint holds the best weights then, but neither its config nor the older file beside it tells."""
+    settings = [*SMALL, "train.keep=best", "train.eval_every=40"]
+
+    def kill(*args: Any, **options: Any) -> None:
+        raise Killed
+
+    scores(monkeypatch, {80: 1.0, 120: 3.0, 160: 2.0, 200: 2.0})
+    with pytest.MonkeyPatch.context() as patch:
+        arm = {119: lambda: patch.setattr(f"specmpc_cli.workflows.{write}", kill)}
+        with pytest.raises(Killed):
+            begin(tmp_path / "best", settings=settings).run(STEPS, Watcher(lambda progress: arm.pop(progress.decisions, lambda: None)()))
+    begin(tmp_path / "best", settings=settings).run(STEPS, Watcher())
+    begin(tmp_path / "short").run(120, Watcher())
+    assert same_weights(tmp_path / "best", tmp_path / "short")
+
+
+def test_a_best_teacher_that_was_lost_makes_way_for_the_best_of_those_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores(monkeypatch, {120: 3.0, 200: 2.0, 240: 1.0})
     settings = [*SMALL, "train.keep=best"]
     begin(tmp_path, settings=settings).run(STEPS, Watcher())
     (teacher(tmp_path) / "model.safetensors").unlink()
-    begin(tmp_path, settings=settings).run(STEPS, Watcher())
-    assert Store(tmp_path, "pointmass").teacher().source == "store"
+    trainer = begin(tmp_path, settings=settings)
+    assert any("the best evaluated weights are gone" in note for note in trainer.notes)
+    trainer.run(240, Watcher())
+    report = training_report(trainer, Store(tmp_path, "pointmass"))
+    assert (report["teacher_decisions"], report["return_mean"]) == (240, 1.0)
+    assert Store(tmp_path, "pointmass").teacher().config["origin"]["return"] == 1.0
+
+
+def test_success_is_better_than_return_and_of_equals_the_later_is_better() -> None:
+    log = TrainingLog(has_success=True)
+    values = [(10, 0.5, 9.0), (20, 1.0, 2.0), (30, 1.0, 3.0), (40, 1.0, 3.0), (50, 0.9, 8.0)]
+    log.lines = [{"event": "eval", "decisions": at, "success_rate": success, "return_mean": mean} for at, success, mean in values]
+    assert log.best is not None and log.best["decisions"] == 40
+    log.forget_best()
+    assert log.best is None
 
 
 def test_demonstrations_come_first_and_are_learnt_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +242,7 @@ def test_demonstrations_come_first_and_are_learnt_from(tmp_path: Path, monkeypat
     replay = list(read_replay_shards(teacher(tmp_path / "a") / "resume" / "replay", 7))
     assert [bool((episode.action == 0.5).all()) for episode in replay] == [True] * 3 + [False] * 4
     episodes = [line for line in lines(tmp_path / "a") if line["event"] == "episode"]
-    assert [line["planner_calls"] for line in episodes] == [0] * 5 + [40] * 2  # demonstrations, 80 decisions at random, then planning
+    assert [line["actor"] for line in episodes] == ["script"] * 3 + ["random"] * 2 + ["planner"] * 2
 
 
 def test_a_task_without_a_script_cannot_be_demonstrated(tmp_path: Path) -> None:
@@ -235,7 +271,8 @@ def test_speculative_acting_plans_less(tmp_path: Path) -> None:
 def test_the_policy_prior_takes_its_share_of_the_rounds(tmp_path: Path) -> None:
     begin(tmp_path, settings=[*SMALL, "train.acting.policy_share=0.5"], steps=320).run(320, Watcher())
     episodes = [line for line in lines(tmp_path) if line["event"] == "episode"]
-    assert [line["planner_calls"] for line in episodes] == [0, 0, 40, 0, 40, 0, 40, 0]  # two at random
+    assert [line["actor"] for line in episodes] == ["random", "random", *["planner", "policy"] * 3]
+    assert [line["planner_calls"] for line in episodes] == [0, 0, 40, 0, 40, 0, 40, 0]
 
 
 def test_it_learns_pointmass(tmp_path: Path) -> None:
@@ -252,6 +289,14 @@ def test_seed_steps_follow_the_published_rule() -> None:
     config = load_config()
     assert seed_steps(config, lookup("walker-walk").spec) == 2500
     assert seed_steps(config, lookup("mw-assembly").spec) == 1000
+
+
+def test_a_training_of_a_model_with_other_dimensions_cannot_be_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the task's suite was replaced by another version of it."""
+    begin(tmp_path).run(STEPS, Watcher())
+    monkeypatch.setitem(MODEL_SIZES, 1, {**TINY, "latent_dim": 24})
+    with pytest.raises(CheckpointError, match="other dimensions than pointmass has here"):
+        begin(tmp_path)
 
 
 def test_resuming_something_else_says_what_differs(tmp_path: Path) -> None:
