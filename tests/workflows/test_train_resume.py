@@ -1,0 +1,126 @@
+"""Trainings on pointmass that were stopped: they continue bit for bit, or say why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specmpc_cli.engine.world_model import MODEL_SIZES
+from specmpc_cli.errors import CheckpointError, ConfigError, DatasetError
+from specmpc_cli.runtime import choose_runtime
+from specmpc_cli.workflows.store import Store
+from specmpc_cli.workflows.train import begin_training
+from specmpc_cli.workflows.train_log import Progress, Watcher
+from tests.workflows.pointmass_training import SMALL, STEPS, TINY, Killed, assert_same_training, begin, kill_at, teacher
+
+pytestmark = pytest.mark.usefixtures("tiny_models")
+
+
+@pytest.mark.parametrize("when", [30, 81, 163])
+def test_killed_at_any_decision_it_continues_bit_for_bit(tmp_path: Path, straight: Path, when: int) -> None:
+    with pytest.raises(Killed):
+        begin(tmp_path).run(STEPS, Watcher(kill_at(when)))
+    continued = begin(tmp_path)
+    assert continued.counters.decisions == when // 40 * 40
+    continued.run(STEPS, Watcher())
+    assert_same_training(tmp_path, straight)
+
+
+@pytest.mark.parametrize("write", ["train_state.save", "store.write_whole", "store.save_world_model", "training.plot_training"])
+def test_killed_between_two_writes_of_a_checkpoint_it_continues_bit_for_bit(
+    tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    """The replay's shard, the state, then the teacher's files: whatever is missing is made good by the next run."""
+
+    def kill(*args: Any, **options: Any) -> None:
+        raise Killed
+
+    def arm(progress: Progress) -> None:
+        if progress.decisions == 119:
+            monkeypatch.setattr(f"specmpc_cli.workflows.{write}", kill)
+
+    with pytest.raises(Killed):
+        begin(tmp_path).run(STEPS, Watcher(arm))
+    monkeypatch.undo()
+    begin(tmp_path).run(STEPS, Watcher())
+    assert_same_training(tmp_path, straight)
+
+
+def test_a_finished_training_whose_teacher_was_not_written_writes_it(tmp_path: Path, straight: Path) -> None:
+    begin(tmp_path).run(STEPS, Watcher())
+    for name in ("model.safetensors", "config.yaml", "metrics.jsonl"):
+        (teacher(tmp_path) / name).unlink()
+    begin(tmp_path).run(STEPS, Watcher())
+    assert_same_training(tmp_path, straight)
+
+
+def test_a_training_of_a_model_with_other_dimensions_cannot_be_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the task's suite was replaced by another version of it."""
+    begin(tmp_path).run(STEPS, Watcher())
+    monkeypatch.setitem(MODEL_SIZES, 1, {**TINY, "latent_dim": 24})
+    with pytest.raises(CheckpointError, match="other dimensions than pointmass has here"):
+        begin(tmp_path)
+
+
+def test_resuming_something_else_says_what_differs(tmp_path: Path) -> None:
+    begin(tmp_path).run(120, Watcher())
+    with pytest.raises(ConfigError, match="size is 5, was 1"):
+        begin(tmp_path, size=5)
+    with pytest.raises(ConfigError, match=r"config\.train\.lr is 0\.001, was 0\.0003"):
+        begin(tmp_path, settings=[*SMALL, "train.lr=0.001"])
+    with pytest.raises(ConfigError, match="num_envs is 2, was 1"):
+        begin(tmp_path, num_envs=2)
+    resume = Store(tmp_path, "pointmass").resume_folder()
+    moved = Store(tmp_path, "cartpole-balance").resume_folder()
+    moved.parent.mkdir(parents=True)
+    resume.rename(moved)
+    with pytest.raises(ConfigError, match="task is cartpole-balance, was pointmass"):
+        begin_training(Store(tmp_path, "cartpole-balance"), choose_runtime("cpu", "fp32"), steps=5000, seed=0)
+
+
+def test_options_left_out_are_those_of_the_saved_training(tmp_path: Path) -> None:
+    begin(tmp_path, num_envs=2).run(120, Watcher())
+    continued = begin(tmp_path, settings=[])
+    assert continued.facts.num_envs == 2 and continued.config.train.batch_size == 8
+
+
+def test_settings_that_change_nothing_learned_may_change(tmp_path: Path) -> None:
+    begin(tmp_path).run(120, Watcher())
+    assert begin(tmp_path, settings=[*SMALL, "train.eval_every=7", "train.checkpoint_seconds=9"]).config.train.eval_every == 7
+
+
+def test_a_training_that_moves_to_another_dtype_says_so(tmp_path: Path) -> None:
+    begin(tmp_path).run(120, Watcher())
+    store = Store(tmp_path, "pointmass")
+    moved = begin_training(store, choose_runtime("cpu", "bf16"), steps=STEPS, seed=0)
+    assert "ran on cpu, fp32 before and goes on on cpu, bf16" in moved.notes[0]
+    assert not begin(tmp_path).notes
+
+
+def test_two_trainings_of_one_store_keep_out_of_each_others_way(tmp_path: Path) -> None:
+    def second(progress: Progress) -> None:
+        if progress.decisions == 130:
+            with pytest.raises(ConfigError, match="another 'specmpc train' is at work"):
+                begin(tmp_path).run(STEPS, Watcher())
+            raise Killed
+
+    with pytest.raises(Killed):
+        begin(tmp_path).run(STEPS, Watcher(second))
+    begin(tmp_path).run(160, Watcher())
+
+
+def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
+    begin(tmp_path).run(120, Watcher())
+    state = Store(tmp_path, "pointmass").resume_folder() / "state.safetensors"
+    whole = state.read_bytes()
+    for damaged in (whole[:100], b"", whole[: len(whole) // 2]):
+        state.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            begin(tmp_path)
+    state.write_bytes(whole)
+    shard = next((state.parent / "replay").glob("*.h5"))
+    shard.write_bytes(shard.read_bytes()[:200])
+    with pytest.raises(DatasetError, match=shard.name):
+        begin(tmp_path)
