@@ -43,6 +43,11 @@ class SpeculationConfig(Section):
     tail: Literal["policy", "hold"] = Field(default="policy", description="how a plan goes on beyond the planner's horizon")
     metric: Literal["l2", "l1", "cosine"] = Field(default="l2", description="distance of real and predicted latents")
     max_age: int = Field(default=20, ge=1, le=1000, description="env steps after which an adaptive plan is replaced")
+    refine_iterations: int = Field(
+        default=0, ge=0, le=64, description="MPPI iterations of a replan that refines the old plan; 0: every replan searches anew"
+    )
+    refine_std: float = Field(default=0.5, gt=0, description="spread of its first iteration")
+    refine_below: float | None = Field(default=None, ge=0, description="mismatch up to which the old plan is refined; none: always")
 
 
 class CollectConfig(Section):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,9 +46,19 @@ class BatchedPlanner:
         self._compute_model = model.compute_copy(dtype)
         self._kernels = kernels
         self._batch_sizes = sorted(batch_sizes, reverse=True)
-        on_cuda = next(model.parameters()).device.type == "cuda"
-        self._calls = {size: CapturedCall(self._plan, enabled=on_cuda) for size in batch_sizes}
         self._explore, self._draws = explore, draws
+        self._calls = self._captured_calls()
+
+    def _captured_calls(self) -> dict[int, CapturedCall]:
+        on_cuda = next(self._rollout_model.parameters()).device.type == "cuda"
+        return {size: CapturedCall(self._plan, enabled=on_cuda) for size in self._batch_sizes}
+
+    def with_settings(self, **changes: Any) -> BatchedPlanner:
+        """A planner of the same networks with other numbers (`PlannerSettings`)."""
+        other = copy(self)
+        other.settings = replace(self.settings, **changes)
+        other._calls = other._captured_calls()
+        return other
 
     @torch.no_grad()
     def refresh(self) -> None:

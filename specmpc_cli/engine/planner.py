@@ -19,7 +19,10 @@ from specmpc_cli.types import Plan
 
 @dataclass(frozen=True, slots=True)
 class PlannerSettings:
-    """MPPI's numbers (STYLE glossary); `temperature` is TD-MPC2's inverse temperature."""
+    """MPPI's numbers (STYLE glossary); `temperature` is TD-MPC2's inverse temperature.
+
+    `first_std` is the spread of the first iteration, `max_std` if None: a narrower one refines the warm start instead of searching anew.
+    """
 
     discount: float
     horizon: int = 3
@@ -30,6 +33,7 @@ class PlannerSettings:
     min_std: float = 0.05
     max_std: float = 2.0
     temperature: float = 0.5
+    first_std: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,7 @@ def plan(
     assert warm_start.shape[:2] == (rows, horizon), (warm_start.shape, rows, horizon)
     kernels = kernels or EAGER
     prior = kernels.prior_actions(model, z, noise.prior_eps)  # [B, P, H, A]
-    mean, std = warm_start, torch.full_like(warm_start, settings.max_std)
+    mean, std = warm_start, torch.full_like(warm_start, settings.max_std if settings.first_std is None else settings.first_std)
     search = None
     for i in range(settings.iterations):
         search = kernels.iterate(

@@ -5,8 +5,8 @@ The runner holds no state: `act` takes the state and returns the next one. Plain
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -73,6 +73,22 @@ def judge(
 Judge = Callable[..., Judgement]  # `judge`, or a compiled one (engine/compiled.py)
 
 
+class Replanned(NamedTuple):
+    """What planner calls brought on one step."""
+
+    rows: Tensor  # [R] int64, the rows that got a plan
+    plan: Plan  # of R rows, tails included
+    iterations: Tensor  # [R] int64, MPPI iterations spent on each
+
+
+@dataclass(frozen=True, slots=True)
+class Refinement:
+    """Cheaper replans: where the old plan still describes what is seen, a planner of few iterations and little spread refines it."""
+
+    planner: Planner
+    below: float  # mismatch up to which the old plan is refined; otherwise, and on an episode's first step, the search begins anew
+
+
 class SpeculativeRunner:
     """Acts with few planner calls. Implements `types.Actor`."""
 
@@ -86,6 +102,7 @@ class SpeculativeRunner:
         tail: Tail = "policy",
         history: int = 8,
         judge: Judge = judge,
+        refinement: Refinement | None = None,
     ) -> None:
         """
         Args:
@@ -94,10 +111,12 @@ class SpeculativeRunner:
                 dynamics, `hold` repeats the last planned action.
             history: W, the steps a corrector may look back on.
             judge: the function above, or a compiled one.
+            refinement: which replans may be cheaper ones; None for none.
         """
         self.model = model
         self.planner = planner
         self.rule = rule
+        self.refinement = refinement
         self._metric, self._limits = rule.metric, limits_of(rule, next(model.parameters()).device)
         self._judge = judge
         self.corrector = corrector
@@ -130,12 +149,16 @@ class SpeculativeRunner:
     def act(self, obs: Tensor, state: RunnerState, first: Tensor) -> tuple[Tensor, RunnerState, StepLog]:
         """See `types.Actor`. Only the rows that need a plan are planned."""
         seen = self.judge(obs, state, first)
-        rows = torch.nonzero(seen.decision == Decision.REPLAN).squeeze(1)
-        fresh = None
-        if len(rows):
-            replanning = state.take(rows)
-            fresh = self.replan(seen.z[rows], self.warm_start(replanning, first[rows]), replanning)
-        return self.execute(seen, state, rows, fresh)
+        replanning = seen.decision == Decision.REPLAN
+        if self.refinement is None:
+            parts = [self._replan_rows(self.planner, replanning, seen, state, first)]
+        else:
+            near = seen.mismatch <= self.refinement.below  # never on a first step, whose mismatch is NaN
+            parts = [
+                self._replan_rows(self.planner, replanning & ~near, seen, state, first),
+                self._replan_rows(self.refinement.planner, replanning & near, seen, state, first),
+            ]
+        return self.execute(seen, state, [part for part in parts if part is not None])
 
     def judge(self, obs: Tensor, state: RunnerState, first: Tensor) -> Judgement:
         """What is seen and decided, before anything is planned."""
@@ -145,21 +168,31 @@ class SpeculativeRunner:
         z_pred, planned = state.plan.latents[row, age], state.plan.actions[row, age]
         return self._judge(self.model, self.corrector, self._metric, self._limits, obs, z_pred, planned, state.age, state.history, first)
 
-    def replan(self, z: Tensor, warm_start: Tensor, state: RunnerState) -> Plan:
-        """Plans every row given, from latents z [B, Z], and appends the tail."""
-        return self._extend(self.planner(z, warm_start, state.stream, state.step))
+    def replan(self, z: Tensor, warm_start: Tensor, state: RunnerState, planner: Planner | None = None) -> Plan:
+        """Plans every row given, from latents z [B, Z], and appends the tail; `planner` in place of the runner's own."""
+        return self._extend((planner or self.planner)(z, warm_start, state.stream, state.step))
 
-    def execute(self, seen: Judgement, state: RunnerState, rows: Tensor, fresh: Plan | None) -> tuple[Tensor, RunnerState, StepLog]:
-        """Acts as decided. `fresh` holds the plans of the rows (indices) that decided to replan."""
+    def _replan_rows(self, planner: Planner, mask: Tensor, seen: Judgement, state: RunnerState, first: Tensor) -> Replanned | None:
+        """New plans by `planner` of the rows under the mask [B]; None if there are none."""
+        rows = torch.nonzero(mask).squeeze(1)
+        if not len(rows):
+            return None
+        old = state.take(rows)
+        fresh = self.replan(seen.z[rows], self.warm_start(old, first[rows]), old, planner)
+        return Replanned(rows, fresh, torch.full_like(rows, planner.settings.iterations))
+
+    def execute(self, seen: Judgement, state: RunnerState, replanned: Sequence[Replanned]) -> tuple[Tensor, RunnerState, StepLog]:
+        """Acts as decided; `replanned` covers the rows that decided to replan, each once."""
         planned, corrected = seen.planned, seen.decision == Decision.CORRECT
         delta = torch.where(corrected.unsqueeze(1), seen.delta, 0.0)
         action = (planned + delta).clamp(-1, 1)
         correction_norm = torch.linalg.vector_norm(action - planned, dim=1).masked_fill(~corrected, 0.0)
-        plan, age = state.plan, state.age
-        if fresh is not None:
+        plan, age, iterations = state.plan, state.age, torch.zeros_like(state.age)
+        for rows, fresh, spent in replanned:
             plan = plan.put(rows, fresh)
             age = age.index_fill(0, rows, 0)
             action = action.index_copy(0, rows, fresh.actions[:, 0])
+            iterations = iterations.index_copy(0, rows, spent)
         log = StepLog(
             decision=seen.decision,
             reason=seen.reason,
@@ -168,7 +201,7 @@ class SpeculativeRunner:
             mismatch=seen.mismatch,
             expected_error=seen.expected_error,
             correction_norm=correction_norm,
-            planner_iterations=(seen.decision == Decision.REPLAN) * self.planner.settings.iterations,
+            planner_iterations=iterations,
         )
         return action, RunnerState(plan, age + 1, seen.history, state.stream, state.step + 1), log
 

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
-import numpy as np
 import torch
 
-from specmpc_cli.envs.adapter import RawStep
-from specmpc_cli.errors import AssetsMissing, CannotRender
+from specmpc_cli.envs.maniskill_simulator import StateSimulator
+from specmpc_cli.errors import AssetsMissing
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # sapien warns that there is no Vulkan, which nothing here needs
@@ -77,37 +76,6 @@ class LiftCube(PickCubeEnv):
         return self.cube.pose.p[:, 2] - self.cube_half_size
 
 
-class ManiSkillSimulator:
-    """One environment of one ManiSkill task; its batched tensors are unpacked."""
-
-    def __init__(self, name: str, control_mode: str) -> None:
-        _without_renderer()
-        self._env: Any = gymnasium.make(
-            name,
-            num_envs=1,
-            obs_mode="state",
-            control_mode=control_mode,
-            sim_backend="cpu",
-            render_backend="none",
-            max_episode_steps=_STEPS,
-        )
-        self.obs_dim = int(np.prod(self._env.observation_space.shape))
-        self.action_low, self.action_high = (bound.astype(float) for bound in (self._env.action_space.low, self._env.action_space.high))
-
-    def reset(self, seed: int) -> np.ndarray:
-        return self._env.reset(seed=seed)[0].numpy()[0]
-
-    def step(self, action: np.ndarray) -> RawStep:
-        obs, reward, terminated, truncated, info = self._env.step(action.astype(np.float32))
-        return RawStep(obs.numpy()[0], float(reward), bool(terminated), bool(truncated), bool(info["success"]))
-
-    def render(self, height: int, width: int) -> np.ndarray:
-        raise CannotRender("ManiSkill's tasks are simulated here without their renderer, so there is no video of them")
-
-    def close(self) -> None:
-        self._env.close()
-
-
 class _Blank:
     """Stands for a material or texture: takes everything, does nothing."""
 
@@ -147,10 +115,20 @@ def _expect_asset(task: str, asset: str) -> None:
         )
 
 
-def make_simulator(task: str) -> ManiSkillSimulator:
+def make_simulator(task: str) -> StateSimulator:
     """The simulator of one of the five tasks. Raises AssetsMissing with the command that downloads them."""
     assert mani_skill.envs is not None  # imported to register its tasks
     name, control_mode, asset = _TASKS[task]
     if asset is not None:
         _expect_asset(task, asset)
-    return ManiSkillSimulator(name, control_mode)
+    _without_renderer()
+    env = gymnasium.make(
+        name,
+        num_envs=1,
+        obs_mode="state",
+        control_mode=control_mode,
+        sim_backend="cpu",
+        render_backend="none",
+        max_episode_steps=_STEPS,
+    )
+    return StateSimulator(env)

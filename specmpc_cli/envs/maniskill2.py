@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
-import numpy as np
 
-from specmpc_cli.envs.adapter import RawStep
-from specmpc_cli.errors import AssetsMissing, CannotRender
+from specmpc_cli.envs.maniskill_simulator import StateSimulator
+from specmpc_cli.errors import AssetsMissing
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of packages that it names and that have been renamed since
@@ -36,29 +35,6 @@ _TASKS: dict[str, tuple[str, str, tuple[str, str] | None]] = {
     "pick-ycb": ("PickSingleYCB-v0", "pd_ee_delta_pose", ("ycb", "mani_skill2_ycb/info_pick_v0.json")),
     "turn-faucet": ("TurnFaucet-v0", "pd_ee_delta_pose", ("partnet_mobility_faucet", "partnet_mobility/dataset/*")),
 }
-
-
-class ManiSkill2Simulator:
-    """One environment of one ManiSkill 2 task, which cuts its episodes after 200 simulator steps."""
-
-    def __init__(self, name: str, control_mode: str) -> None:
-        _without_renderer()
-        self._env: Any = gymnasium.make(name, obs_mode="state", control_mode=control_mode, disable_env_checker=True)
-        self.obs_dim = int(np.prod(self._env.observation_space.shape))
-        self.action_low, self.action_high = (bound.astype(float) for bound in (self._env.action_space.low, self._env.action_space.high))
-
-    def reset(self, seed: int) -> np.ndarray:
-        return self._env.reset(seed=seed)[0]
-
-    def step(self, action: np.ndarray) -> RawStep:
-        obs, reward, terminated, truncated, info = self._env.step(action.astype(np.float32))
-        return RawStep(obs, float(reward), bool(terminated), bool(truncated), bool(info["success"]))
-
-    def render(self, height: int, width: int) -> np.ndarray:
-        raise CannotRender("ManiSkill's tasks are simulated here without their renderer, so there is no video of them")
-
-    def close(self) -> None:
-        self._env.close()
 
 
 class _Blank:
@@ -86,8 +62,11 @@ def _without_renderer() -> None:
     BaseEnv._add_ground = lambda self, altitude=0.0, render=True: self._scene.add_ground(altitude=altitude, render=False)
 
 
-def make_simulator(task: str) -> ManiSkill2Simulator:
-    """The simulator of one of the five tasks. Raises AssetsMissing with the command that downloads them."""
+def make_simulator(task: str) -> StateSimulator:
+    """The simulator of one of the five tasks, which cuts its episodes after 200 simulator steps.
+
+    Raises AssetsMissing with the command that downloads what it needs.
+    """
     assert mani_skill2.envs is not None  # imported to register its tasks
     name, control_mode, asset = _TASKS[task]
     if asset is not None and not any(Path(ASSET_DIR).glob(asset[1])):
@@ -95,4 +74,5 @@ def make_simulator(task: str) -> ManiSkill2Simulator:
             f"{task} needs assets that are not in {Path(ASSET_DIR).resolve()}; run: python -m mani_skill2.utils.download_asset {asset[0]} "
             "(MS2_ASSET_DIR names another folder)"
         )
-    return ManiSkill2Simulator(name, control_mode)
+    _without_renderer()
+    return StateSimulator(gymnasium.make(name, obs_mode="state", control_mode=control_mode, disable_env_checker=True))

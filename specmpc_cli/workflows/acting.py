@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch._dynamo.exc import TorchDynamoException
 
 from specmpc_cli.config.schema import Config, PlannerConfig
@@ -19,7 +20,7 @@ from specmpc_cli.engine.compiled import batch_sizes_for, draws_for, judge_for, k
 from specmpc_cli.engine.correctors import CORRECTORS, BaseCorrector, DistilledPolicy
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import PlannerSettings
-from specmpc_cli.engine.runner import SpeculativeRunner
+from specmpc_cli.engine.runner import Refinement, SpeculativeRunner
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.errors import CheckpointError, ConfigError
 from specmpc_cli.runtime import Runtime
@@ -117,6 +118,14 @@ class Workbench:
         """A planner of this teacher with these settings."""
         return make_planner(self.model, config, self.spec, self.runtime)
 
+    def refinement(self) -> Refinement | None:
+        """Cheaper replans, if the settings ask for them."""
+        speculation = self.config.speculation
+        if not speculation.refine_iterations:
+            return None
+        planner = self.planner.with_settings(iterations=speculation.refine_iterations, first_std=speculation.refine_std)
+        return Refinement(planner, math.inf if speculation.refine_below is None else speculation.refine_below)
+
     def gate(self, way: Way) -> GateRule | None:
         """The gate of a way; modes that never plan have none."""
         return None if not way.mode.plans else way.gate_rule(self.config.speculation.metric)
@@ -153,6 +162,7 @@ class Workbench:
             tail=self.config.speculation.tail,
             history=network.dims.history if network else DEFAULT_HISTORY,
             judge=judge_for(self.runtime),
+            refinement=None if way.mode is Mode.BASELINE else self.refinement(),
         )
 
     def warm_up(self, ways: Iterable[Way] = ()) -> str | None:
@@ -286,10 +296,18 @@ def promise_settings(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json", include={"planner", "speculation"})
 
 
+def _as_now(promised_with: dict[str, Any]) -> dict[str, Any] | None:
+    """Settings of a promise, those that have joined since at their defaults; None where one of them has gone."""
+    try:
+        return promise_settings(Config(**promised_with))
+    except ValidationError:
+        return None
+
+
 def broken_promise(way: Way, config: Config) -> str | None:
     """What to tell the user if this way follows a gate that was calibrated with other settings."""
     promised_with = way.corrector.facts.promised_with if way.mode is Mode.ADAPTIVE and way.corrector else None
-    if promised_with is None or promised_with == promise_settings(config):
+    if promised_with is None or _as_now(promised_with) == promise_settings(config):
         return None
     assert way.corrector is not None
     return f"the {way.corrector.arch} corrector's gate was calibrated with other settings of planner or speculation: no promise holds here"

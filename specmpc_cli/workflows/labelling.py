@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specmpc_cli.data.tuples import Behaviour
-from specmpc_cli.engine.runner import SpeculativeRunner
+from specmpc_cli.engine.runner import Replanned, SpeculativeRunner
 from specmpc_cli.types import Decision, Rows, RunnerState, StepLog
 
 
@@ -36,7 +36,8 @@ class LabellerState(Rows):
 class Labeller:
     """Acts as a runner does, or as the teacher with that runner in its shadow, and plans at every step for the label.
 
-    Where the runner replans, the label's plan is the plan it adopts. Implements `types.Actor`.
+    Where the runner replans, the label's plan is the plan it adopts, a whole search even where acting would refine the old plan.
+    Implements `types.Actor`.
     """
 
     def __init__(self, runner: SpeculativeRunner, behaviour: Behaviour) -> None:
@@ -60,7 +61,8 @@ class Labeller:
             warm_start = self.runner.warm_start(state.runner, first)
         fresh = self.runner.replan(seen.z, warm_start, state.runner)
         rows = torch.nonzero(seen.decision == Decision.REPLAN).squeeze(1)
-        action, after, log = self.runner.execute(seen, state.runner, rows, fresh.take(rows) if len(rows) else None)
+        adopted = Replanned(rows, fresh.take(rows), torch.full_like(rows, self.runner.planner.settings.iterations))
+        action, after, log = self.runner.execute(seen, state.runner, [adopted] if len(rows) else [])
         if self.behaviour is Behaviour.TEACHER:
             action = fresh.actions[:, 0]
         labelled = LabelledLog(

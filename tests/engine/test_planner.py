@@ -107,6 +107,18 @@ def test_exploration_noise_moves_only_the_first_action() -> None:
     assert torch.equal(a.actions[:, 1:], b.actions[:, 1:])
 
 
+def test_the_first_iteration_may_spread_less_than_the_clamp() -> None:
+    seen: list[Tensor] = []
+    model, z, warm = LinearQuadratic(), torch.tensor([[0.3, -0.2]]), torch.full((1, 4, 2), 0.2)
+    narrow = replace(SETTINGS, iterations=1, first_std=1e-4)
+    made = plan(model, z, warm, noise(1), narrow, on_iteration=lambda search: seen.append(search.elites))  # type: ignore[arg-type]
+    assert len(seen) == 1 and made.std.min() >= SETTINGS.min_std
+    prior = noise(1).prior_eps.shape[1]
+    # What is not the policy prior's lies where the warm start is.
+    near = (seen[0] - 0.2).abs().amax(dim=(2, 3)) < 1e-2
+    assert int((~near).sum()) <= prior and near.any()
+
+
 def test_values_that_are_not_numbers_count_as_zero() -> None:
     class Broken(LinearQuadratic):
         def reward(self, z: Tensor, a: Tensor) -> Tensor:
@@ -134,6 +146,17 @@ def test_batched_planning_gives_each_row_the_plan_it_gets_alone(num_q: int) -> N
     torch.testing.assert_close(one_by_one.latents, batched.latents, rtol=0, atol=1e-5)
     alone = BatchedPlanner(model, SMALL)(z[3:4], warm[3:4], streams[3:4], steps[3:4])
     assert torch.equal(alone.actions[0], one_by_one.actions[3])
+
+
+def test_a_planner_with_other_settings_shares_the_networks_and_leaves_the_first_as_it_was() -> None:
+    model = make_model()
+    planner = BatchedPlanner(model, SMALL)
+    z, warm = model.encode(torch.randn(2, 4, generator=torch.Generator().manual_seed(0))), torch.zeros(2, 3, 2)
+    before = planner(z, warm, *keys(2))
+    other = planner.with_settings(iterations=1, first_std=0.3)
+    expected = BatchedPlanner(model, replace(SMALL, iterations=1, first_std=0.3))(z, warm, *keys(2))
+    assert torch.equal(other(z, warm, *keys(2)).actions, expected.actions)
+    assert torch.equal(planner(z, warm, *keys(2)).actions, before.actions) and planner.settings == SMALL
 
 
 def test_draws_depend_on_stream_and_step_alone() -> None:

@@ -13,7 +13,7 @@ from specmpc_cli.engine.actors import PolicyActor
 from specmpc_cli.engine.batched_planner import BatchedPlanner
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import PlannerSettings, plan
-from specmpc_cli.engine.runner import SpeculativeRunner
+from specmpc_cli.engine.runner import Refinement, SpeculativeRunner
 from specmpc_cli.types import Decision, ReplanReason, Rows, RunnerState, StepLog
 from tests.conftest import make_model
 from tests.fakes import ConstantCorrector, CountingModel, ScriptedPlanner
@@ -31,7 +31,7 @@ class Drive:
         self.first = torch.ones(rows, dtype=torch.bool)
         self.actions: list[Tensor] = []
 
-    def step(self, offset: float = 0.0) -> StepLog:
+    def step(self, offset: float | Tensor = 0.0) -> StepLog:
         obs = torch.stack([self.count + offset, torch.ones(self.rows)], 1)
         action, self.state, log = self.runner.act(obs, self.state, self.first)
         self.actions.append(action)
@@ -110,6 +110,23 @@ def test_a_drifting_model_is_accepted_then_corrected_then_replanned() -> None:
     assert torch.cat(drive.actions).flatten().tolist() == pytest.approx([0.01, 0.01, 0.31, 0.02, 0.02, 0.32, 0.03])
     assert [float(log.correction_norm) for log in logs] == pytest.approx([0, 0, 0.3, 0, 0, 0.3, 0])
     assert [float(log.mismatch) for log in logs[1:]] == pytest.approx([0.1, 0.2, 0.3, 0.1, 0.2, 0.3], abs=1e-5)
+
+
+def test_a_replan_near_its_plan_refines_it_and_every_other_one_searches_anew() -> None:
+    model = CountingModel()
+    whole, cheap = ScriptedPlanner(model), ScriptedPlanner(model, PlannerSettings(discount=0.99, horizon=3, iterations=1))
+    rule = GateRule(2, accept_below=0.3, replan_above=0.3)
+    runner = SpeculativeRunner(model, whole, rule, refinement=Refinement(cheap, below=0.5))  # type: ignore[arg-type]
+    drive = Drive(runner, rows=2)
+    # First step; a step of the plan; exhausted and as predicted; then off by more than the gate allows, a little and much.
+    logs = [drive.step(offset) for offset in (0.0, 0.0, 0.0, torch.tensor([0.4, 0.9]))]
+    assert [log.planner_iterations.tolist() for log in logs] == [[6, 6], [0, 0], [1, 1], [1, 6]]
+    assert [log.reason.tolist() for log in logs] == [[1, 1], [0, 0], [2, 2], [3, 3]]
+    assert [count for count, _ in whole.calls] == pytest.approx([0, 0, 3.9])
+    assert [count for count, _ in cheap.calls] == pytest.approx([2, 2, 3.4])
+    # Each row acts on its own planner's plan: the second and third of `cheap`, the third of `whole`.
+    assert [action.flatten().tolist() for action in drive.actions[2:]] == [pytest.approx([0.01, 0.02]), pytest.approx([0.03, 0.03])]
+    assert cheap.calls[0][1] == pytest.approx([0.012, 0.0, 0.0])  # warm-started from the plan that it refines
 
 
 def test_corrections_are_clamped_and_logged_as_executed() -> None:

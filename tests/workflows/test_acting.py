@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,23 @@ def test_a_promise_holds_for_the_planner_and_the_tail_that_it_was_checked_with()
     for other in ({"planner": PlannerConfig()}, {"speculation": SpeculationConfig(tail="hold")}):
         assert "no promise holds here" in (broken_promise(way, SMALL.model_copy(update=other)) or "")
     assert broken_promise(Way(Mode.CORRECTED, 6, corrector(calibrated=True)), Config()) is None
+
+
+def test_a_promise_of_another_version_counts_its_missing_settings_as_defaults() -> None:
+    kept = corrector(calibrated=True)
+    settings = promise_settings(SMALL)
+    del settings["speculation"]["refine_iterations"]
+    for changes, broken in (({}, False), ({"planner": {**settings["planner"], "since_removed": 1}}, True)):
+        older = replace(kept, facts=replace(kept.facts, promised_with={**settings, **changes}))
+        assert (broken_promise(adaptive_way(older, SMALL, None, None), SMALL) is not None) == broken
+
+
+def test_replans_are_refined_if_asked_for_but_never_in_the_baseline() -> None:
+    speculation = SpeculationConfig(refine_iterations=1, refine_std=0.25, refine_below=0.7)
+    workbench = bench(config=SMALL.model_copy(update={"speculation": speculation}))
+    runner = workbench.runner(Way(Mode.NAIVE, 3))
+    assert runner.refinement is not None and runner.refinement.below == 0.7
+    settings = runner.refinement.planner.settings
+    assert (settings.iterations, settings.first_std, settings.num_samples) == (1, 0.25, 32)
+    assert (runner.planner.settings.iterations, runner.planner.settings.first_std) == (2, None)
+    assert workbench.runner(Way(Mode.BASELINE, 1)).refinement is None and bench().runner(Way(Mode.NAIVE, 3)).refinement is None
