@@ -19,8 +19,9 @@ from specmpc_cli.envs.registry import is_task, lookup
 from specmpc_cli.errors import ConfigError
 from specmpc_cli.runtime import Purpose, choose_runtime, stream_key
 from specmpc_cli.types import StepLog
-from specmpc_cli.workflows.acting import Way, Workbench, broken_promise, choose_way
+from specmpc_cli.workflows.acting import Workbench
 from specmpc_cli.workflows.store import Store, config_of
+from specmpc_cli.workflows.ways import Way, broken_promise, choose_way
 
 
 class Controller:
@@ -91,7 +92,9 @@ def load_controller(
     place = _place(task_or_path, Path(store), name)
     teacher = place.teacher()
     bench = Workbench(teacher, lookup(place.task).spec, config_of(teacher, [], []), choose_runtime(device, dtype))
-    way = choose_way(place, bench, mode, horizon=horizon, arch=arch, accept_below=accept_below, replan_above=replan_above)
+    way = choose_way(
+        place, bench.teacher, bench.config, mode, horizon=horizon, arch=arch, accept_below=accept_below, replan_above=replan_above
+    )
     problems = [broken_promise(way, bench.config), None if not way.mode.plans else bench.warm_up([way])]
     for problem in filter(None, problems):
         warnings.warn(problem, stacklevel=2)

@@ -52,16 +52,16 @@ def eval_(
 ) -> None:
     """Run one way of acting."""
     from specmpc_cli.cli.tables import comparison_table
-    from specmpc_cli.workflows.acting import check_way, choose_way
     from specmpc_cli.workflows.compare import evaluate_one
     from specmpc_cli.workflows.plots import row_label
+    from specmpc_cli.workflows.ways import check_way, choose_way
 
     out = output_for(common)
     options = {"horizon": horizon, "arch": arch, "accept_below": accept_below, "replan_above": replan_above}
     check_way(mode, **options)
     prepare_filming(common, out, video, task)
     store, bench = open_store(common, out, task, preset, set_)
-    way = choose_way(store, bench, mode, **options)
+    way = choose_way(store, bench.teacher, bench.config, mode, **options)
     if way.corrector is not None:
         out.note(f"corrector: {way.corrector.arch} ({way.corrector.source})")
     note_gates(out, bench, [way])
@@ -95,13 +95,13 @@ def compare(
 ) -> None:
     """All ways of acting side by side: return against planner calls saved."""
     from specmpc_cli.cli.tables import best_line, by_age_table, comparison_table
-    from specmpc_cli.workflows.acting import check_archs
     from specmpc_cli.workflows.choose import best_within, check_loss
     from specmpc_cli.workflows.compare import compare as run
     from specmpc_cli.workflows.compare import keep_results, parse_requirements, rows_meeting, ways_of
     from specmpc_cli.workflows.plots import row_label
     from specmpc_cli.workflows.report_page import check_page, write_page
     from specmpc_cli.workflows.video import check_filming, most_saving
+    from specmpc_cli.workflows.ways import check_archs
 
     out = output_for(common)
     requirements = parse_requirements(require) if require else []

@@ -30,10 +30,10 @@ def collect(
     set_: SetOption = None,
 ) -> None:
     """Run the teacher and label every step with what a fresh plan would do."""
-    from specmpc_cli.workflows.acting import check_archs
     from specmpc_cli.workflows.collect import collect as run
     from specmpc_cli.workflows.fit_corrector import as_corrector
     from specmpc_cli.workflows.fit_corrector import fit as fit_network
+    from specmpc_cli.workflows.ways import check_archs
 
     out = output_for(common)
     check_archs([arch])
@@ -104,9 +104,9 @@ def fit_corrector(
 
     from specmpc_cli.cli.tables import fit_table
     from specmpc_cli.engine.correctors import DEFAULT_ARCHS
-    from specmpc_cli.workflows.acting import DEFAULT_HORIZON, Mode, Way, check_archs
     from specmpc_cli.workflows.calibrate import FEWEST_EPISODES, check_promise
     from specmpc_cli.workflows.fit_corrector import as_corrector, fit, measure_label_noise, save
+    from specmpc_cli.workflows.ways import DEFAULT_HORIZON, Mode, Way, check_archs
 
     out = output_for(common)
     archs = check_archs(list(dict.fromkeys(arch or DEFAULT_ARCHS)))

@@ -11,9 +11,10 @@ from specmpc_cli.errors import ConfigError
 
 if TYPE_CHECKING:
     from specmpc_cli.runtime import Runtime
-    from specmpc_cli.workflows.acting import Way, Workbench
+    from specmpc_cli.workflows.acting import Workbench
     from specmpc_cli.workflows.store import FittedCorrector, Store
     from specmpc_cli.workflows.training import Trainer
+    from specmpc_cli.workflows.ways import Way
 
 
 def output_for(common: Common) -> Output:
@@ -76,7 +77,7 @@ def matching_correctors(out: Output, store: "Store", bench: "Workbench", archs: 
 
 def note_gates(out: Output, bench: "Workbench", ways: "Iterable[Way]") -> None:
     """Says how long plans live in adaptive ways, and whether the promise behind their gates holds here."""
-    from specmpc_cli.workflows.acting import Mode, broken_promise
+    from specmpc_cli.workflows.ways import Mode, broken_promise
 
     for way in ways:
         if way.mode is Mode.ADAPTIVE:

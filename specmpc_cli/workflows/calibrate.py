@@ -22,12 +22,13 @@ from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.errors import CalibrationFailed, ConfigError
 from specmpc_cli.runtime import Purpose
 from specmpc_cli.types import Actor, Decision, ReplanReason
-from specmpc_cli.workflows.acting import Mode, Way, Workbench
+from specmpc_cli.workflows.acting import Workbench
 from specmpc_cli.workflows.evaluate import calls_saved, episodes_of, scores_of
 from specmpc_cli.workflows.labelling import AuditedLog, Auditor
 from specmpc_cli.workflows.rollout import EpisodeStats, Transition, rollout
 from specmpc_cli.workflows.statistics import conformal_bound, fewest_episodes, lost_share_bound, ratio, ratio_ci95
 from specmpc_cli.workflows.store import FittedCorrector
+from specmpc_cli.workflows.ways import Mode, Way
 
 FEWEST_EPISODES = 20  # a bootstrap over fewer claims more than it knows
 PROMISES, CONFIDENCE = 2, 0.975  # gates that may try for the promise, each at the lower end of a paired 95 % interval

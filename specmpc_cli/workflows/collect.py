@@ -23,10 +23,11 @@ from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.errors import ConfigError
 from specmpc_cli.runtime import EPISODES_PER_SEED, Purpose
 from specmpc_cli.versions import versions
-from specmpc_cli.workflows.acting import Mode, Way, Workbench
+from specmpc_cli.workflows.acting import Workbench
 from specmpc_cli.workflows.labelling import LabelledLog, Labeller
 from specmpc_cli.workflows.rollout import Episode, EpisodeStats, Transition, rollout
 from specmpc_cli.workflows.store import FittedCorrector, Store
+from specmpc_cli.workflows.ways import Mode, Way
 
 EPISODES_PER_ROUND = 500  # episode numbers reserved for each round, so that a dataset can grow in both directions
 

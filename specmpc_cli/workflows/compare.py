@@ -14,11 +14,12 @@ from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.errors import ConfigError
 from specmpc_cli.files import write_whole
 from specmpc_cli.runtime import Purpose
-from specmpc_cli.workflows.acting import Mode, Way, Workbench, adaptive_way
+from specmpc_cli.workflows.acting import Workbench
 from specmpc_cli.workflows.evaluate import Report, Row, episodes_of, evaluate, make_report, make_row, measure_latency, trace_of
 from specmpc_cli.workflows.plots import plot_front
 from specmpc_cli.workflows.rollout import Transition
 from specmpc_cli.workflows.store import FittedCorrector, Store
+from specmpc_cli.workflows.ways import Mode, Way, adaptive_way
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 

@@ -14,10 +14,11 @@ from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.runtime import Purpose
 from specmpc_cli.types import Decision, ReplanReason
 from specmpc_cli.versions import commit, versions
-from specmpc_cli.workflows.acting import Mode, Way, Workbench
+from specmpc_cli.workflows.acting import Workbench
 from specmpc_cli.workflows.rollout import Episode, EpisodeStats, Transition, rollout
 from specmpc_cli.workflows.statistics import cvar05, mean_ci95, ratio, ratio_ci95
 from specmpc_cli.workflows.store import timestamp
+from specmpc_cli.workflows.ways import Mode, Way
 
 REPORT_SCHEMA = 1
 LATENCY_STEPS, LATENCY_WARM_UP = 60, 6  # env steps timed per way, and steps before them that are not

@@ -25,9 +25,10 @@ from specmpc_cli.learning.corrector_fit import (
     split_by_episode,
 )
 from specmpc_cli.versions import versions
-from specmpc_cli.workflows.acting import Workbench, promise_settings
+from specmpc_cli.workflows.acting import Workbench
 from specmpc_cli.workflows.calibrate import Calibration
 from specmpc_cli.workflows.store import FittedCorrector, Store, timestamp
+from specmpc_cli.workflows.ways import promise_settings
 
 NOISE_SAMPLE = 48  # states planned again to measure the label's noise
 

@@ -22,9 +22,10 @@ from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.errors import CannotRender, ConfigError
 from specmpc_cli.files import check_destination, replacing
 from specmpc_cli.types import Decision
-from specmpc_cli.workflows.acting import Mode, Way, Workbench
+from specmpc_cli.workflows.acting import Workbench
 from specmpc_cli.workflows.evaluate import Report
 from specmpc_cli.workflows.rollout import Episode, Transition, rollout
+from specmpc_cli.workflows.ways import Mode, Way
 
 FORMATS = (".mp4", ".gif")
 SIZE = 384  # pixels of a frame's side

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +14,12 @@ from specmpc_cli.engine.correctors import CorrectorDims, build_corrector
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import Kernels
 from specmpc_cli.envs.registry import lookup
-from specmpc_cli.errors import CheckpointError, ConfigError
+from specmpc_cli.errors import CheckpointError
 from specmpc_cli.runtime import Runtime
 from specmpc_cli.workflows import acting
-from specmpc_cli.workflows.acting import Mode, Way, Workbench, adaptive_way, broken_promise, planner_settings, promise_settings
+from specmpc_cli.workflows.acting import Workbench, planner_settings
 from specmpc_cli.workflows.store import FittedCorrector, Teacher
+from specmpc_cli.workflows.ways import Mode, Way, promise_settings
 from tests.conftest import make_model
 
 CPU = Runtime(torch.device("cpu"), torch.float32, compiled=False, threads=1)
@@ -54,27 +53,6 @@ def test_a_corrector_of_another_teacher_never_acts() -> None:
         bench().actor(Way(Mode.CORRECTED, 3, corrector(teacher="xyz")))
 
 
-def test_gates_come_from_the_mode_or_the_corrector() -> None:
-    naive, corrected = Way(Mode.NAIVE, 3).gate_rule("cosine"), Way(Mode.CORRECTED, 3, corrector()).gate_rule("cosine")
-    assert (naive.accept_below, naive.replan_above, naive.metric) == (math.inf, math.inf, "cosine")
-    assert (corrected.accept_below, corrected.replan_above, corrected.metric) == (0.1, 0.4, "l1")
-
-
-def test_adaptive_takes_a_calibrated_gate_or_both_thresholds() -> None:
-    way = adaptive_way(corrector(calibrated=True), SMALL, None, None)
-    assert way.rule == GateRule(15, 0.1, 0.4, 0.3, "l1")  # plans live as long as they did while the promise was checked
-    by_hand = adaptive_way(corrector(), SMALL, 0.2, 0.3).rule
-    assert by_hand == GateRule(20, 0.2, 0.3, metric="l1")
-    # thresholds by hand are a gate of their own; one alone changes the calibrated one
-    assert adaptive_way(corrector(calibrated=True), SMALL, 0.2, 0.3).rule == GateRule(20, 0.2, 0.3, metric="l1")
-    assert adaptive_way(corrector(calibrated=True), SMALL, None, 0.9).rule == GateRule(15, 0.1, 0.9, 0.3, "l1")
-    shorter = SMALL.model_copy(update={"speculation": SpeculationConfig(max_age=4)})
-    assert adaptive_way(corrector(calibrated=True), shorter, None, None).horizon == 4
-    for one in ((0.2, None), (None, 0.3), (None, None)):
-        with pytest.raises(ConfigError, match="carries no calibrated one"):
-            adaptive_way(corrector(), SMALL, *one)
-
-
 def test_when_compiling_fails_planning_goes_on_eagerly_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no disk space for kernels\nand a long story")
@@ -98,23 +76,6 @@ def test_what_is_wrong_with_an_eager_planner_is_not_hidden(monkeypatch: pytest.M
     monkeypatch.setattr(acting, "kernels_for", lambda runtime: Kernels(fail, fail))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="a defect"):
         bench().warm_up()
-
-
-def test_a_promise_holds_for_the_planner_and_the_tail_that_it_was_checked_with() -> None:
-    way = adaptive_way(corrector(calibrated=True), SMALL, None, None)
-    assert broken_promise(way, SMALL) is None
-    for other in ({"planner": PlannerConfig()}, {"speculation": SpeculationConfig(tail="hold")}):
-        assert "no promise holds here" in (broken_promise(way, SMALL.model_copy(update=other)) or "")
-    assert broken_promise(Way(Mode.CORRECTED, 6, corrector(calibrated=True)), Config()) is None
-
-
-def test_a_promise_of_another_version_counts_its_missing_settings_as_defaults() -> None:
-    kept = corrector(calibrated=True)
-    settings = promise_settings(SMALL)
-    del settings["speculation"]["refine_iterations"]
-    for changes, broken in (({}, False), ({"planner": {**settings["planner"], "since_removed": 1}}, True)):
-        older = replace(kept, facts=replace(kept.facts, promised_with={**settings, **changes}))
-        assert (broken_promise(adaptive_way(older, SMALL, None, None), SMALL) is not None) == broken
 
 
 def test_replans_are_refined_if_asked_for_but_never_in_the_baseline() -> None:

@@ -23,11 +23,11 @@ from specmpc_cli.errors import CalibrationFailed, ConfigError
 from specmpc_cli.runtime import Purpose, Runtime
 from specmpc_cli.types import Decision, EnvSpec, Plan
 from specmpc_cli.workflows import calibrate as module
-from specmpc_cli.workflows.acting import Way
 from specmpc_cli.workflows.calibrate import Calibration, Calibrator, check_promise, kept_at_least, paths
 from specmpc_cli.workflows.labelling import AUDIT_SHARE, Auditor, is_audited
 from specmpc_cli.workflows.rollout import Episode, EpisodeStats, rollout
 from specmpc_cli.workflows.store import FittedCorrector
+from specmpc_cli.workflows.ways import Way
 from tests.fakes import ConstantCorrector, CountingModel, CountingSimulator, ScriptedPlanner, counting_envs
 
 CPU = Runtime(torch.device("cpu"), torch.float32, compiled=False, threads=1)

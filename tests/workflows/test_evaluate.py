@@ -10,11 +10,11 @@ import pytest
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.runtime import Purpose
 from specmpc_cli.types import Decision, ReplanReason
-from specmpc_cli.workflows.acting import Mode, Way
 from specmpc_cli.workflows.compare import REQUIRABLE, Requirement, parse_requirements
 from specmpc_cli.workflows.evaluate import make_row
 from specmpc_cli.workflows.plots import pareto_front
 from specmpc_cli.workflows.rollout import Episode, EpisodeStats
+from specmpc_cli.workflows.ways import Mode, Way
 
 GATE = GateRule(4, accept_below=math.inf)
 LATENCY = np.arange(1.0, 101.0)

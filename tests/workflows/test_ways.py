@@ -1,0 +1,52 @@
+"""Which gate a way of acting follows, and what its promise holds for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from specmpc_cli.config.schema import Config, PlannerConfig, SpeculationConfig
+from specmpc_cli.engine.gate import GateRule
+from specmpc_cli.errors import ConfigError
+from specmpc_cli.workflows.ways import Mode, Way, adaptive_way, broken_promise, promise_settings
+from tests.workflows.test_acting import SMALL, corrector
+
+
+def test_gates_come_from_the_mode_or_the_corrector() -> None:
+    naive, corrected = Way(Mode.NAIVE, 3).gate_rule("cosine"), Way(Mode.CORRECTED, 3, corrector()).gate_rule("cosine")
+    assert (naive.accept_below, naive.replan_above, naive.metric) == (math.inf, math.inf, "cosine")
+    assert (corrected.accept_below, corrected.replan_above, corrected.metric) == (0.1, 0.4, "l1")
+
+
+def test_adaptive_takes_a_calibrated_gate_or_both_thresholds() -> None:
+    way = adaptive_way(corrector(calibrated=True), SMALL, None, None)
+    assert way.rule == GateRule(15, 0.1, 0.4, 0.3, "l1")  # plans live as long as they did while the promise was checked
+    by_hand = adaptive_way(corrector(), SMALL, 0.2, 0.3).rule
+    assert by_hand == GateRule(20, 0.2, 0.3, metric="l1")
+    # thresholds by hand are a gate of their own; one alone changes the calibrated one
+    assert adaptive_way(corrector(calibrated=True), SMALL, 0.2, 0.3).rule == GateRule(20, 0.2, 0.3, metric="l1")
+    assert adaptive_way(corrector(calibrated=True), SMALL, None, 0.9).rule == GateRule(15, 0.1, 0.9, 0.3, "l1")
+    shorter = SMALL.model_copy(update={"speculation": SpeculationConfig(max_age=4)})
+    assert adaptive_way(corrector(calibrated=True), shorter, None, None).horizon == 4
+    for one in ((0.2, None), (None, 0.3), (None, None)):
+        with pytest.raises(ConfigError, match="carries no calibrated one"):
+            adaptive_way(corrector(), SMALL, *one)
+
+
+def test_a_promise_holds_for_the_planner_and_the_tail_that_it_was_checked_with() -> None:
+    way = adaptive_way(corrector(calibrated=True), SMALL, None, None)
+    assert broken_promise(way, SMALL) is None
+    for other in ({"planner": PlannerConfig()}, {"speculation": SpeculationConfig(tail="hold")}):
+        assert "no promise holds here" in (broken_promise(way, SMALL.model_copy(update=other)) or "")
+    assert broken_promise(Way(Mode.CORRECTED, 6, corrector(calibrated=True)), Config()) is None
+
+
+def test_a_promise_of_another_version_counts_its_missing_settings_as_defaults() -> None:
+    kept = corrector(calibrated=True)
+    settings = promise_settings(SMALL)
+    del settings["speculation"]["refine_iterations"]
+    for changes, broken in (({}, False), ({"planner": {**settings["planner"], "since_removed": 1}}, True)):
+        older = replace(kept, facts=replace(kept.facts, promised_with={**settings, **changes}))
+        assert (broken_promise(adaptive_way(older, SMALL, None, None), SMALL) is not None) == broken
