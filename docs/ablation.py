@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from specmpc_cli.data.shards import Shard, read_columns
 from specmpc_cli.engine.correctors import BaseCorrector, CorrectorDims, build_corrector
-from specmpc_cli.engine.gate import GateRule, decide
-from specmpc_cli.engine.runner import Judgement, SpeculativeRunner, judge
+from specmpc_cli.engine.gate import GateLimits, GateRule, decide
+from specmpc_cli.engine.runner import Judge, Judgement, Refinement, SpeculativeRunner, judge
+from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.envs.registry import lookup
 from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.learning.corrector_fit import FitSettings, TupleTable, fit_corrector, split_by_episode
 from specmpc_cli.runtime import Purpose, choose_runtime
-from specmpc_cli.types import Visit
+from specmpc_cli.types import Corrector, Visit
 from specmpc_cli.workflows.acting import Workbench
 from specmpc_cli.workflows.evaluate import calls_saved, episodes_of, scores_of
 from specmpc_cli.workflows.fit_corrector import load_tuples
@@ -37,7 +38,7 @@ from specmpc_cli.workflows.statistics import ratio, ratio_ci95
 from specmpc_cli.workflows.store import Store, config_of
 
 SETTINGS = ("epochs", "patience", "batch_size", "lr", "weight_decay", "delta_penalty")
-FALLBACK_SHARES = (0.5, 0.2, 0.1)  # of a free run's steps, where the training-free gates put their thresholds
+FALLBACK_SHARES = (0.5, 0.2, 0.1)  # of a free run's steps, where gates put their thresholds
 
 
 class Masked(nn.Module):
@@ -60,13 +61,46 @@ def without_prediction(visit: Visit) -> Visit:
     return replace(visit, z_pred=visit.z)
 
 
-def judge_growth(model: Any, corrector: Any, metric: str, limits: Any, *seen: Tensor) -> Judgement:
+def growth(model: WorldModel, judged: Judgement) -> Tensor:
     """The training-free rule: the mismatch, scaled by how much the dynamics stretch it, ‖f(z, a) − f(z_pred, a)‖."""
-    judged = judge(model, corrector, metric, limits, *seen)
-    growth = torch.linalg.vector_norm(model.next(judged.z, judged.planned) - model.next(judged.z_pred, judged.planned), dim=-1)
-    growth = growth.masked_fill(seen[-1], torch.nan)
-    decision, reason = decide(growth, torch.zeros_like(growth), seen[3], seen[-1], limits)
-    return judged._replace(mismatch=growth, decision=decision, reason=reason)
+    return torch.linalg.vector_norm(model.next(judged.z, judged.planned) - model.next(judged.z_pred, judged.planned), dim=-1)
+
+
+def expected_error(model: WorldModel, judged: Judgement) -> Tensor:
+    """The corrector's own guess of how wrong it is."""
+    return judged.expected_error
+
+
+def value_below_prior(model: WorldModel, judged: Judgement) -> Tensor:
+    """How much more the world model expects of the policy prior's action than of the corrected one, Q(z, π(z)) − Q(z, a)."""
+    return q_value(model, judged.z, model.pi_mean(judged.z)) - q_value(model, judged.z, (judged.planned + judged.delta).clamp(-1, 1))
+
+
+def value_lost(model: WorldModel, judged: Judgement) -> Tensor:
+    """What the state is worth less than the one the plan predicted, Q(z_pred, planned) − Q(z, a)."""
+    return q_value(model, judged.z_pred, judged.planned) - q_value(model, judged.z, (judged.planned + judged.delta).clamp(-1, 1))
+
+
+def q_value(model: WorldModel, z: Tensor, action: Tensor) -> Tensor:
+    """The mean of the first two Q-heads [B]."""
+    heads = torch.tensor([[0, 1]]).expand(len(z), 2)
+    return model.q_pair(z.unsqueeze(1), action.unsqueeze(1), heads).squeeze(1)
+
+
+def judging_by(signal: Callable[[WorldModel, Judgement], Tensor]) -> Judge:
+    """A judgement whose mismatch is this signal."""
+
+    def judge_by_signal(model: WorldModel, corrector: Corrector | None, metric: str, limits: GateLimits, *seen: Tensor) -> Judgement:
+        judged, (age, first) = judge(model, corrector, metric, limits, *seen), (seen[3], seen[-1])
+        value = signal(model, judged).masked_fill(first, torch.nan)
+        decision, reason = decide(value, torch.zeros_like(value), age, first, limits)
+        return judged._replace(mismatch=value, decision=decision, reason=reason)
+
+    return judge_by_signal
+
+
+GATES = {"the mismatch": None, "the expected error": expected_error, "the value below the prior's": value_below_prior,
+         "the value lost since the plan": value_lost}  # fmt: skip
 
 
 class Study:
@@ -119,13 +153,21 @@ class Study:
         for horizon in horizons:
             self.add(name, f"{horizon} steps", self.run(GateRule(horizon, accept_below=accept), corrector, **options))
 
-    def gated(self, name: str, **options: Any) -> None:
-        """Naive reuse of at most 20 steps behind a gate; its thresholds come from what a free run meets on `tune` episodes."""
-        free = self.run(GateRule(20, accept_below=math.inf), purpose=Purpose.TUNE, **options)
+    def gated(self, name: str, corrector: Any = None, **options: Any) -> None:
+        """Plans of at most 20 steps behind a gate; its thresholds come from what a free run meets on `tune` episodes.
+
+        Below them the corrector corrects; without one the plan is accepted.
+        """
+        free = self.run(GateRule(20, math.inf if corrector is None else -math.inf), corrector, Purpose.TUNE, **options)
         values = [value for stat in free for value in stat.mismatches if math.isfinite(value)]
-        for threshold in np.quantile(values, [1 - share for share in FALLBACK_SHARES]):
-            rule = GateRule(20, accept_below=float(threshold), replan_above=float(threshold))
-            self.add(name, f"threshold {threshold:.3g}", self.run(rule, **options))
+        for threshold in map(float, np.quantile(values, [1 - share for share in FALLBACK_SHARES])):
+            rule = GateRule(20, threshold if corrector is None else -math.inf, threshold)
+            self.add(name, f"threshold {threshold:.3g}", self.run(rule, corrector, **options))
+
+    def refined(self, name: str, horizons: Sequence[int], iterations: int, corrector: Any) -> None:
+        """Replans of so few iterations, which refine the old plan."""
+        planner = self.bench.planner.with_settings(iterations=iterations, first_std=self.bench.config.speculation.refine_std)
+        self.at_horizons(name, horizons, corrector, refinement=Refinement(planner, math.inf))
 
 
 def main() -> None:
@@ -143,7 +185,12 @@ def main() -> None:
     print(f"plain replanning: {study.baseline.mean():.4g} over {arguments.episodes} episodes\n")
     print("| variant | plans live | calls saved | return | of plain replanning (95 % interval) |\n|---|---|---|---|---|")
 
-    study.at_horizons("two-tower", horizons, study.fit("two-tower", study.shards))
+    two_tower = study.fit("two-tower", study.shards)
+    study.at_horizons("two-tower", horizons, two_tower)
+    for iterations in (1, 2):
+        study.refined(f"two-tower, replans refine in {iterations}", horizons, iterations, two_tower)
+    for what, signal in GATES.items():
+        study.gated(f"two-tower behind a gate on {what}", two_tower, judge=judging_by(signal) if signal else judge)
     study.at_horizons("temporal", horizons, study.fit("temporal", study.shards))
     study.at_horizons("plain distillation, z alone", horizons, study.fit("distilled", study.shards))
     for last in rounds[:-1]:
@@ -159,7 +206,7 @@ def main() -> None:
     study.at_horizons("naive", horizons)
     study.at_horizons("naive, tail held", horizons, tail="hold")
     study.gated("fixed latent threshold (the published gate)")
-    study.gated("sensitivity-scaled threshold (training-free)", judge=judge_growth)
+    study.gated("sensitivity-scaled threshold (training-free)", judge=judging_by(growth))
     if arguments.out:
         facts = {"task": arguments.task, "episodes": arguments.episodes, "seed": arguments.seed, "baseline": study.baseline.tolist()}
         arguments.out.write_text(json.dumps({**facts, "rows": study.rows}, indent=1) + "\n")
