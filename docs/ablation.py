@@ -83,7 +83,7 @@ def value_lost(model: WorldModel, judged: Judgement) -> Tensor:
 
 def q_value(model: WorldModel, z: Tensor, action: Tensor) -> Tensor:
     """The mean of the first two Q-heads [B]."""
-    heads = torch.tensor([[0, 1]]).expand(len(z), 2)
+    heads = torch.tensor([[0, 1]], device=z.device).expand(len(z), 2)
     return model.q_pair(z.unsqueeze(1), action.unsqueeze(1), heads).squeeze(1)
 
 
@@ -144,9 +144,11 @@ class Study:
     def add(self, name: str, setting: str, stats: list[EpisodeStats]) -> None:
         score, saved = scores_of(stats, self.bench.spec.has_success), calls_saved(stats)
         kept, interval = ratio(score, self.baseline), ratio_ci95(score, self.baseline)
-        self.rows.append({"variant": name, "setting": setting, "calls_saved": saved, "mean": score.mean(), "kept": kept, "ci95": interval})
+        iterations = float(np.mean([sum(one.planner_iterations) for one in stats]))
+        figures = {"calls_saved": saved, "planner_iterations_per_episode": iterations, "mean": score.mean(), "kept": kept, "ci95": interval}
+        self.rows.append({"variant": name, "setting": setting, **figures})
         share = f"{kept:.1%} ({interval[0]:.1%} to {interval[1]:.1%})" if kept is not None and interval is not None else "–"
-        print(f"| {name} | {setting} | {saved:.1%} | {score.mean():.3g} | {share} |", flush=True)
+        print(f"| {name} | {setting} | {saved:.1%} | {iterations:.0f} | {score.mean():.3g} | {share} |", flush=True)
 
     def at_horizons(self, name: str, horizons: Sequence[int], corrector: Any = None, **options: Any) -> None:
         accept = math.inf if corrector is None else -math.inf
@@ -166,8 +168,8 @@ class Study:
 
     def refined(self, name: str, horizons: Sequence[int], iterations: int, corrector: Any) -> None:
         """Replans of so few iterations, which refine the old plan."""
-        planner = self.bench.planner.with_settings(iterations=iterations, first_std=self.bench.config.speculation.refine_std)
-        self.at_horizons(name, horizons, corrector, refinement=Refinement(planner, math.inf))
+        planner = self.bench.planner.refining(iterations, self.bench.config.refine.std)
+        self.at_horizons(name, horizons, corrector, refinement=Refinement(planner))
 
 
 def main() -> None:
@@ -183,7 +185,8 @@ def main() -> None:
     study = Study(arguments.store, arguments.task, arguments.episodes, arguments.seed)
     rounds = sorted({shard.key[1] for shard in study.shards})
     print(f"plain replanning: {study.baseline.mean():.4g} over {arguments.episodes} episodes\n")
-    print("| variant | plans live | calls saved | return | of plain replanning (95 % interval) |\n|---|---|---|---|---|")
+    print("| variant | plans live | calls saved | MPPI iterations | return | of plain replanning (95 % interval) |")
+    print("|---|---|---|---|---|---|")
 
     two_tower = study.fit("two-tower", study.shards)
     study.at_horizons("two-tower", horizons, two_tower)

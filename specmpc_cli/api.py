@@ -10,6 +10,7 @@ The controller runs the same engine as the commands; it keeps one episode's stat
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,7 @@ def load_controller(
     dtype: str = "auto",
     accept_below: float | None = None,
     replan_above: float | None = None,
+    settings: Sequence[str] = (),
     seed: int = 0,
 ) -> Controller:
     """A controller for your own loop. Compiles the planner before it returns, so that no step waits for it.
@@ -85,13 +87,14 @@ def load_controller(
         horizon: env steps per plan for naive and corrected, 6 if left out.
         arch: two-tower, temporal or distilled; for corrected and adaptive, the first one that fits the teacher if left out.
         accept_below, replan_above: thresholds of a gate by hand, instead of the one that the corrector carries or lacks.
+        settings: what `--set` takes on the command line, such as `refine.iterations=2`.
 
     Raises:
         SpecMPCError: the same errors as the commands, with their remedies.
     """
     place = _place(task_or_path, Path(store), name)
     teacher = place.teacher()
-    bench = Workbench(teacher, lookup(place.task).spec, config_of(teacher, [], []), choose_runtime(device, dtype))
+    bench = Workbench(teacher, lookup(place.task).spec, config_of(teacher, [], list(settings)), choose_runtime(device, dtype))
     way = choose_way(
         place, bench.teacher, bench.config, mode, horizon=horizon, arch=arch, accept_below=accept_below, replan_above=replan_above
     )

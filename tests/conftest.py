@@ -10,7 +10,8 @@ import pytest
 
 os.environ.setdefault("SPECMPC_COMPILE", "0")  # compiling takes a minute; tests/engine/test_compiled.py switches it on
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they, and the processes they start, share the cores
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(workers))))
 
 import torch
 

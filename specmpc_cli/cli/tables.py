@@ -14,9 +14,11 @@ Row = dict[str, Any]
 def comparison_table(report: dict[str, Any], label: Any) -> Table:
     """Rows of `compare` and `eval`; `label(row)` names a way of acting."""
     success = any(row["success_rate"] is not None for row in report["rows"])
+    refines = "refine" in report["config"]  # else iterations are calls times a constant
     table = Table(box=box.SIMPLE_HEAD, title=_title(report), title_justify="left", title_style="bold", pad_edge=False)
     table.add_column("way of acting", no_wrap=True)
-    for name in ("return", "95 % CI", *(("success",) if success else ()), "vs base", "95 % CI ", "calls", "saved"):
+    extra = [["success"] if success else [], ["iterations"] if refines else []]
+    for name in ("return", "95 % CI", *extra[0], "vs base", "95 % CI ", "calls", "saved", *extra[1]):
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("accept/correct/replan", "p50 ms", "p99 ms", "Hz"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -26,6 +28,8 @@ def comparison_table(report: dict[str, Any], label: Any) -> Table:
             cells.append(percent(row["success_rate"]))
         cells += [percent(row["return_vs_baseline"], 1), _interval(row["return_vs_baseline_ci95"], 100, " %")]
         cells += [f"{row['planner_calls_per_episode']:.1f}", percent(row["calls_saved"])]
+        if refines:
+            cells.append(f"{row['planner_iterations_per_episode']:.0f}")
         rates = [row[name] for name in ("accept_rate", "correct_rate", "replan_rate")]
         cells.append("–" if rates[0] is None else " / ".join(f"{rate:.0%}" for rate in rates))
         cells += [f"{row['step_ms_p50']:.1f}", f"{row['step_ms_p99']:.1f}", f"{row['control_hz']:.0f}"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -43,11 +43,16 @@ class SpeculationConfig(Section):
     tail: Literal["policy", "hold"] = Field(default="policy", description="how a plan goes on beyond the planner's horizon")
     metric: Literal["l2", "l1", "cosine"] = Field(default="l2", description="distance of real and predicted latents")
     max_age: int = Field(default=20, ge=1, le=1000, description="env steps after which an adaptive plan is replaced")
-    refine_iterations: int = Field(
-        default=0, ge=0, le=64, description="MPPI iterations of a replan that refines the old plan; 0: every replan searches anew"
+
+
+class RefineConfig(Section):
+    """Cheaper replans: the old plan is refined instead of searching anew. Never in plain replanning, nor for labels."""
+
+    iterations: int = Field(default=0, ge=0, le=64, description="MPPI iterations of such a replan, whatever the action's size; 0: none is")
+    std: float = Field(default=0.5, gt=0, description="spread of the first of them around the old plan")
+    below: float | None = Field(
+        default=None, ge=0, description="mismatch, in the gate's metric, up to which plans are refined; none: where they are exhausted"
     )
-    refine_std: float = Field(default=0.5, gt=0, description="spread of its first iteration")
-    refine_below: float | None = Field(default=None, ge=0, description="mismatch up to which the old plan is refined; none: always")
 
 
 class CollectConfig(Section):
@@ -135,6 +140,7 @@ class Config(Section):
     planner: PlannerConfig = PlannerConfig()
     train: TrainConfig = TrainConfig()
     speculation: SpeculationConfig = SpeculationConfig()
+    refine: RefineConfig = RefineConfig()
     collect: CollectConfig = CollectConfig()
     corrector: CorrectorConfig = CorrectorConfig()
 
@@ -145,6 +151,20 @@ class Config(Section):
         if "iterations" in changes:
             changes["large_action_iterations"] = 0
         return PlannerConfig(**{**self.planner.model_dump(), **changes})
+
+    def acting_settings(self) -> dict[str, Any]:
+        """What decides how a teacher acts, less what is switched off: for reports, and for promises about return, because another planner
+        is another baseline and another tail another plan."""
+        return self.model_dump(mode="json", include={"planner", "speculation"} | ({"refine"} if self.refine.iterations else set()))
+
+    @model_validator(mode="after")
+    def _refines(self) -> Self:
+        refine, planner = self.refine, self.planner
+        if refine.iterations >= planner.iterations and refine.iterations:
+            raise ValueError(f"refine.iterations ({refine.iterations}) must be below planner.iterations ({planner.iterations})")
+        if refine.iterations and not planner.min_std <= refine.std <= planner.max_std:
+            raise ValueError(f"refine.std ({refine.std}) must lie in planner.min_std..max_std ({planner.min_std}..{planner.max_std})")
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

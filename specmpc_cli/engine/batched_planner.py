@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,10 +52,10 @@ class BatchedPlanner:
         on_cuda = next(self._rollout_model.parameters()).device.type == "cuda"
         return {size: CapturedCall(self._plan, enabled=on_cuda) for size in self._batch_sizes}
 
-    def with_settings(self, **changes: Any) -> BatchedPlanner:
-        """A planner of the same networks with other numbers (`PlannerSettings`)."""
+    def refining(self, iterations: int, first_std: float) -> BatchedPlanner:
+        """A planner of the same networks that refines its warm starts: fewer iterations, the first of which spreads less."""
         other = copy(self)
-        other.settings = replace(self.settings, **changes)
+        other.settings = replace(self.settings, iterations=iterations, first_std=first_std)
         other._calls = other._captured_calls()
         return other
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from specmpc_cli.engine.gate import METRICS, GateLimits, GateRule, decide, limits_of
 from specmpc_cli.engine.planner import PlannerSettings
 from specmpc_cli.engine.world_model import WorldModel
-from specmpc_cli.types import Corrector, Decision, Plan, RunnerState, StepLog, Visit
+from specmpc_cli.types import Corrector, Decision, Plan, ReplanReason, RunnerState, StepLog, Visit
 
 Tail = Literal["policy", "hold"]
 
@@ -78,7 +78,7 @@ class Replanned(NamedTuple):
 
     rows: Tensor  # [R] int64, the rows that got a plan
     plan: Plan  # of R rows, tails included
-    iterations: Tensor  # [R] int64, MPPI iterations spent on each
+    iterations: int  # MPPI iterations spent on each
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,11 @@ class Refinement:
     """Cheaper replans: where the old plan still describes what is seen, a planner of few iterations and little spread refines it."""
 
     planner: Planner
-    below: float  # mismatch up to which the old plan is refined; otherwise, and on an episode's first step, the search begins anew
+    below: float | None = None  # mismatch up to which plans are refined; None: where they are exhausted, not where the gate rejects them
+
+    def covers(self, seen: Judgement) -> Tensor:
+        """Whose replans refine the old plan [B]; never those of an episode's first step, whose mismatch is NaN."""
+        return seen.reason == ReplanReason.EXHAUSTED if self.below is None else seen.mismatch <= self.below
 
 
 class SpeculativeRunner:
@@ -122,8 +126,10 @@ class SpeculativeRunner:
         self.corrector = corrector
         self.history = history
         self._next_action = model.pi_mean if tail == "policy" else None
-        # One spare step: the observation at which a plan is exhausted still has a planned action to compare and to learn from.
-        self._length = max(planner.settings.horizon, rule.horizon + 1)
+        # One spare step: the observation at which a plan is exhausted still has a planned action to compare and to learn from. A plan that
+        # is to be refined there goes on for a whole planner's horizon.
+        spare = 1 if refinement is None else planner.settings.horizon
+        self._length = max(planner.settings.horizon, rule.horizon + spare)
 
     def initial_state(self, batch: int) -> RunnerState:
         """A state of `batch` rows, none of which has begun an episode."""
@@ -151,14 +157,12 @@ class SpeculativeRunner:
         seen = self.judge(obs, state, first)
         replanning = seen.decision == Decision.REPLAN
         if self.refinement is None:
-            parts = [self._replan_rows(self.planner, replanning, seen, state, first)]
+            planners = [(self.planner, replanning)]
         else:
-            near = seen.mismatch <= self.refinement.below  # never on a first step, whose mismatch is NaN
-            parts = [
-                self._replan_rows(self.planner, replanning & ~near, seen, state, first),
-                self._replan_rows(self.refinement.planner, replanning & near, seen, state, first),
-            ]
-        return self.execute(seen, state, [part for part in parts if part is not None])
+            refined = replanning & self.refinement.covers(seen)
+            planners = [(self.planner, replanning & ~refined), (self.refinement.planner, refined)]
+        replanned = [self._replan_rows(planner, mask, seen, state, first) for planner, mask in planners]
+        return self.execute(seen, state, [part for part in replanned if part is not None])
 
     def judge(self, obs: Tensor, state: RunnerState, first: Tensor) -> Judgement:
         """What is seen and decided, before anything is planned."""
@@ -168,9 +172,9 @@ class SpeculativeRunner:
         z_pred, planned = state.plan.latents[row, age], state.plan.actions[row, age]
         return self._judge(self.model, self.corrector, self._metric, self._limits, obs, z_pred, planned, state.age, state.history, first)
 
-    def replan(self, z: Tensor, warm_start: Tensor, state: RunnerState, planner: Planner | None = None) -> Plan:
-        """Plans every row given, from latents z [B, Z], and appends the tail; `planner` in place of the runner's own."""
-        return self._extend((planner or self.planner)(z, warm_start, state.stream, state.step))
+    def replan(self, planner: Planner, z: Tensor, warm_start: Tensor, state: RunnerState) -> Plan:
+        """Plans every row given, from latents z [B, Z], and appends the tail."""
+        return self._extend(planner(z, warm_start, state.stream, state.step))
 
     def _replan_rows(self, planner: Planner, mask: Tensor, seen: Judgement, state: RunnerState, first: Tensor) -> Replanned | None:
         """New plans by `planner` of the rows under the mask [B]; None if there are none."""
@@ -178,8 +182,8 @@ class SpeculativeRunner:
         if not len(rows):
             return None
         old = state.take(rows)
-        fresh = self.replan(seen.z[rows], self.warm_start(old, first[rows]), old, planner)
-        return Replanned(rows, fresh, torch.full_like(rows, planner.settings.iterations))
+        fresh = self.replan(planner, seen.z[rows], self.warm_start(old, first[rows]), old)
+        return Replanned(rows, fresh, planner.settings.iterations)
 
     def execute(self, seen: Judgement, state: RunnerState, replanned: Sequence[Replanned]) -> tuple[Tensor, RunnerState, StepLog]:
         """Acts as decided; `replanned` covers the rows that decided to replan, each once."""
@@ -192,7 +196,7 @@ class SpeculativeRunner:
             plan = plan.put(rows, fresh)
             age = age.index_fill(0, rows, 0)
             action = action.index_copy(0, rows, fresh.actions[:, 0])
-            iterations = iterations.index_copy(0, rows, spent)
+            iterations = iterations.index_fill(0, rows, spent)
         log = StepLog(
             decision=seen.decision,
             reason=seen.reason,

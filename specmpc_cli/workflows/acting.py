@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,7 @@ from specmpc_cli.engine.compiled import batch_sizes_for, draws_for, judge_for, k
 from specmpc_cli.engine.correctors import BaseCorrector, DistilledPolicy
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import PlannerSettings
-from specmpc_cli.engine.runner import Refinement, SpeculativeRunner
+from specmpc_cli.engine.runner import Planner, Refinement, SpeculativeRunner
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.errors import CheckpointError
 from specmpc_cli.runtime import Runtime
@@ -65,19 +64,16 @@ class Workbench:
         self.teacher, self.spec, self.config, self.runtime = teacher, spec, config, runtime
         self.warm = False  # whether everything that is to act has acted once, and so is compiled
         self.model = teacher.model.to(runtime.device)
-        self.planner = self.planner_for(config.planner)
+        self._make_planners()
 
     def planner_for(self, config: PlannerConfig) -> BatchedPlanner:
         """A planner of this teacher with these settings."""
         return make_planner(self.model, config, self.spec, self.runtime)
 
-    def refinement(self) -> Refinement | None:
-        """Cheaper replans, if the settings ask for them."""
-        speculation = self.config.speculation
-        if not speculation.refine_iterations:
-            return None
-        planner = self.planner.with_settings(iterations=speculation.refine_iterations, first_std=speculation.refine_std)
-        return Refinement(planner, math.inf if speculation.refine_below is None else speculation.refine_below)
+    def _make_planners(self) -> None:
+        refine = self.config.refine
+        self.planner = self.planner_for(self.config.planner)
+        self.refinement = Refinement(self.planner.refining(refine.iterations, refine.std), refine.below) if refine.iterations else None
 
     def gate(self, way: Way) -> GateRule | None:
         """The gate of a way; modes that never plan have none."""
@@ -106,16 +102,16 @@ class Workbench:
 
     def runner(self, way: Way) -> SpeculativeRunner:
         """The speculative runner of a way that plans."""
-        network = self._network(way)
+        network, rule = self._network(way), way.gate_rule(self.config.speculation.metric)
         return SpeculativeRunner(
             self.model,
             self.planner,
-            way.gate_rule(self.config.speculation.metric),
+            rule,
             network,
             tail=self.config.speculation.tail,
             history=network.dims.history if network else DEFAULT_HISTORY,
             judge=judge_for(self.runtime),
-            refinement=None if way.mode is Mode.BASELINE else self.refinement(),
+            refinement=self.refinement if rule.horizon > 1 else None,  # with one step per plan it is plain replanning
         )
 
     def warm_up(self, ways: Iterable[Way] = ()) -> str | None:
@@ -127,6 +123,8 @@ class Workbench:
         self.warm = True
         try:
             plan_once(self.planner, self.model, self.runtime)
+            if self.refinement is not None:
+                plan_once(self.refinement.planner, self.model, self.runtime)
             correctors = {way.corrector.arch: way for way in ways if way.corrector is not None and way.mode.plans}
             for way in correctors.values():
                 step_once(self.runner(way))
@@ -134,13 +132,13 @@ class Workbench:
             if not self.runtime.compiled:
                 raise
             self.runtime = replace(self.runtime, compiled=False)
-            self.planner = self.planner_for(self.config.planner)
+            self._make_planners()
             return f"the planner could not be compiled and runs eagerly, about half as fast: {str(error).strip().splitlines()[0]}"
         return None
 
 
 @torch.inference_mode()
-def plan_once(planner: BatchedPlanner, model: WorldModel, runtime: Runtime) -> None:
+def plan_once(planner: Planner, model: WorldModel, runtime: Runtime) -> None:
     """Makes one plan per batch size, which compiles what will be compiled; on CUDA as many as it takes to capture a graph."""
     d, device = model.dims, runtime.device
     for rows in batch_sizes_for(runtime):

@@ -21,7 +21,7 @@ from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.errors import CalibrationFailed, ConfigError
 from specmpc_cli.runtime import Purpose
-from specmpc_cli.types import Actor, Decision, ReplanReason
+from specmpc_cli.types import Actor, ReplanReason
 from specmpc_cli.workflows.acting import Workbench
 from specmpc_cli.workflows.evaluate import calls_saved, episodes_of, scores_of
 from specmpc_cli.workflows.labelling import AuditedLog, Auditor
@@ -258,7 +258,7 @@ class Calibrator:
             assert isinstance(log, AuditedLog)
             if log.audited:
                 wrong[transition.episode.index].append(bool(log.error > wrong_above))
-                self._planner_calls += int(log.decision != Decision.REPLAN)
+                self._planner_calls += int(log.planner_iterations != self._bench.planner.settings.iterations)
 
         stats = self._run(f"{corrector.arch}, {rule.label}", Purpose.CALIBRATE, auditor, audit)
         self._planner_calls += sum(stat.planner_calls for stat in stats)

@@ -195,7 +195,7 @@ def make_report(bench: Workbench, seed: int, episodes: int, rows: list[Row]) -> 
         "compiled": runtime.compiled,
         "seed": seed,
         "episodes": episodes,
-        "config": bench.config.model_dump(mode="json", include={"planner", "speculation"}),
+        "config": bench.config.acting_settings(),
         "versions": versions(),
         "commit": commit(),
         "date": timestamp(),

@@ -28,7 +28,6 @@ from specmpc_cli.versions import versions
 from specmpc_cli.workflows.acting import Workbench
 from specmpc_cli.workflows.calibrate import Calibration
 from specmpc_cli.workflows.store import FittedCorrector, Store, timestamp
-from specmpc_cli.workflows.ways import promise_settings
 
 NOISE_SAMPLE = 48  # states planned again to measure the label's noise
 
@@ -82,7 +81,7 @@ def save(store: Store, bench: Workbench, fitted: Fitted, noise: float, calibrati
     """Puts a fitted corrector into the store, with the data, settings and calibration that made it; → its folder."""
     facts = uncalibrated(bench)
     if calibration is not None:
-        facts = replace(facts, gate=calibration.promise.rule, promised_with=promise_settings(bench.config))
+        facts = replace(facts, gate=calibration.promise.rule, promised_with=bench.config.acting_settings())
     origin = {
         "made_by": "specmpc fit-corrector",
         "dataset": fitted.shards[0].path.parent.name,

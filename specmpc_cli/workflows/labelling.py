@@ -59,10 +59,11 @@ class Labeller:
             warm_start = shifted.masked_fill(first[:, None, None], 0.0)
         else:
             warm_start = self.runner.warm_start(state.runner, first)
-        fresh = self.runner.replan(seen.z, warm_start, state.runner)
+        planner = self.runner.planner
+        fresh = self.runner.replan(planner, seen.z, warm_start, state.runner)
         rows = torch.nonzero(seen.decision == Decision.REPLAN).squeeze(1)
-        adopted = Replanned(rows, fresh.take(rows), torch.full_like(rows, self.runner.planner.settings.iterations))
-        action, after, log = self.runner.execute(seen, state.runner, [adopted] if len(rows) else [])
+        adopted = Replanned(rows, fresh.take(rows), planner.settings.iterations)
+        action, after, log = self.runner.execute(seen, state.runner, [adopted])
         if self.behaviour is Behaviour.TEACHER:
             action = fresh.actions[:, 0]
         labelled = LabelledLog(
@@ -92,7 +93,7 @@ class AuditedLog(StepLog):
     """A step log that says, of some steps, how far the action lies from a fresh plan's."""
 
     audited: Tensor  # [B] bool
-    error: Tensor  # [B] squared distance to a fresh plan's mean, per action dimension; 0 where a fresh plan acted, NaN where not audited
+    error: Tensor  # [B] squared distance to a fresh plan's mean, per action dimension; 0 where a whole search acted, NaN where not audited
 
 
 class Auditor:
@@ -111,9 +112,9 @@ class Auditor:
     def act(self, obs: Tensor, state: RunnerState, first: Tensor) -> tuple[Tensor, RunnerState, AuditedLog]:
         action, after, log = self.runner.act(obs, state, first)
         audited = is_audited(state.stream, state.step)
-        replanned = log.decision == Decision.REPLAN
-        error = torch.where(audited & replanned, 0.0, torch.nan)
-        rows = torch.nonzero(audited & ~replanned).squeeze(1)
+        searched = log.planner_iterations == self.runner.planner.settings.iterations  # not merely refined
+        error = torch.where(audited & searched, 0.0, torch.nan)
+        rows = torch.nonzero(audited & ~searched).squeeze(1)
         if len(rows):
             seen = state.take(rows)
             warm_start = self.runner.warm_start(seen, first[rows])

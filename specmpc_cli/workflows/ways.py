@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from pydantic import ValidationError
-
 from specmpc_cli.config.schema import Config
 from specmpc_cli.engine.correctors import CORRECTORS, DistilledPolicy
 from specmpc_cli.engine.gate import GateRule
@@ -149,23 +147,10 @@ def adaptive_way(corrector: FittedCorrector, config: Config, accept_below: float
     return Way(Mode.ADAPTIVE, rule.horizon, corrector, with_thresholds(rule, accept_below, replan_above))
 
 
-def promise_settings(config: Config) -> dict[str, Any]:
-    """The settings that a promise about return holds for: another planner is another baseline, another tail another plan."""
-    return config.model_dump(mode="json", include={"planner", "speculation"})
-
-
-def _as_now(promised_with: dict[str, Any]) -> dict[str, Any] | None:
-    """Settings of a promise, those that have joined since at their defaults; None where one of them has gone."""
-    try:
-        return promise_settings(Config(**promised_with))
-    except ValidationError:
-        return None
-
-
 def broken_promise(way: Way, config: Config) -> str | None:
     """What to tell the user if this way follows a gate that was calibrated with other settings."""
     promised_with = way.corrector.facts.promised_with if way.mode is Mode.ADAPTIVE and way.corrector else None
-    if promised_with is None or _as_now(promised_with) == promise_settings(config):
+    if promised_with is None or promised_with == config.acting_settings():
         return None
     assert way.corrector is not None
     return f"the {way.corrector.arch} corrector's gate was calibrated with other settings of planner or speculation: no promise holds here"

@@ -174,6 +174,19 @@ def test_the_rows_of_a_comparison_are_consistent(pipeline: Command) -> None:
     assert naive["planner_iterations_per_episode"] == 2 * naive["planner_calls_per_episode"] == 20
 
 
+def test_refined_replans_are_calls_of_fewer_iterations_and_plain_replanning_is_as_ever(pipeline: Command) -> None:
+    arguments = ("compare", "--episodes", "2", "--horizons", "4", "--arch", "two-tower")
+    plain = pipeline(*arguments, "--json").document
+    refining = pipeline(*arguments, "--json", "--set", "refine.iterations=1").document
+    assert "refine" not in plain["config"] and refining["config"]["refine"]["iterations"] == 1
+    baseline, *_, corrected = refining["rows"]
+    assert baseline["episodes"] == plain["rows"][0]["episodes"] and baseline["planner_iterations_per_episode"] == 2 * 40
+    # Ten plans an episode as before: the first of two iterations, the others of one.
+    assert (corrected["planner_calls_per_episode"], corrected["planner_iterations_per_episode"]) == (10, 11)
+    assert corrected["calls_saved"] == plain["rows"][-1]["calls_saved"]
+    assert "iterations" in pipeline(*arguments, "--set", "refine.iterations=1").out and "iterations" not in pipeline(*arguments).out
+
+
 def test_eval_gives_the_same_numbers_as_compare(pipeline: Command) -> None:
     row = pipeline("compare", "--episodes", "2", "--horizons", "3", "--arch", "temporal", "--json").document["rows"][-1]
     report = pipeline("eval", "--episodes", "2", "--horizon", "3", "--arch", "temporal", "--json").document

@@ -52,6 +52,8 @@ def test_config_is_read_only() -> None:
         (["planner.num_pi_trajs=512"], "num_pi_trajs.*must be below"),
         (["planner.min_std=3"], "min_std.*cannot exceed max_std"),
         (["speculation.tail=forever"], "speculation.tail.*'policy' or 'hold', got 'forever'"),
+        (["refine.iterations=6"], r"refine.iterations \(6\) must be below planner.iterations \(6\)"),
+        (["refine.iterations=2", "refine.std=3"], r"refine.std \(3.0\) must lie in planner.min_std..max_std"),
         (["collect.horizons=[0]"], "horizons must lie in"),
         (["collect.later_horizons=[1001]"], "later_horizons must lie in"),
         (["planner.horizon"], "--set takes a.b=value"),

@@ -126,7 +126,17 @@ def test_a_replan_near_its_plan_refines_it_and_every_other_one_searches_anew() -
     assert [count for count, _ in cheap.calls] == pytest.approx([2, 2, 3.4])
     # Each row acts on its own planner's plan: the second and third of `cheap`, the third of `whole`.
     assert [action.flatten().tolist() for action in drive.actions[2:]] == [pytest.approx([0.01, 0.02]), pytest.approx([0.03, 0.03])]
-    assert cheap.calls[0][1] == pytest.approx([0.012, 0.0, 0.0])  # warm-started from the plan that it refines
+    assert cheap.calls[0][1] == pytest.approx([0.012, -0.5, -0.5])  # all of its warm start is the plan that it refines, and its tail
+
+
+def test_without_a_bound_exhausted_plans_are_refined_and_rejected_ones_are_not() -> None:
+    model = CountingModel()
+    whole, cheap = ScriptedPlanner(model), ScriptedPlanner(model, PlannerSettings(discount=0.99, horizon=3, iterations=1))
+    runner = SpeculativeRunner(model, whole, GateRule(2, 0.3, 0.3), refinement=Refinement(cheap))  # type: ignore[arg-type]
+    drive = Drive(runner)
+    # First, kept, exhausted far from its prediction, and then so far off the new plan that the gate rejects it.
+    logs = [drive.step(offset) for offset in (0.0, 0.0, 0.9, 7.0)]
+    assert [(int(log.reason), int(log.planner_iterations)) for log in logs] == [(1, 6), (0, 0), (2, 1), (3, 6)]
 
 
 def test_corrections_are_clamped_and_logged_as_executed() -> None:

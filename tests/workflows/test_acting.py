@@ -7,33 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from specmpc_cli.config.schema import Config, PlannerConfig, SpeculationConfig
-from specmpc_cli.engine.checkpoint import CorrectorFacts
+from specmpc_cli.config.schema import PlannerConfig, RefineConfig
 from specmpc_cli.engine.compiled import EAGER
-from specmpc_cli.engine.correctors import CorrectorDims, build_corrector
-from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import Kernels
 from specmpc_cli.envs.registry import lookup
 from specmpc_cli.errors import CheckpointError
 from specmpc_cli.runtime import Runtime
 from specmpc_cli.workflows import acting
 from specmpc_cli.workflows.acting import Workbench, planner_settings
-from specmpc_cli.workflows.store import FittedCorrector, Teacher
-from specmpc_cli.workflows.ways import Mode, Way, promise_settings
+from specmpc_cli.workflows.store import Teacher
+from specmpc_cli.workflows.ways import Mode, Way
 from tests.conftest import make_model
-
-CPU = Runtime(torch.device("cpu"), torch.float32, compiled=False, threads=1)
-SMALL = Config(planner=PlannerConfig(iterations=2, num_samples=32, num_elites=8, num_pi_trajs=4))
-
-
-def bench(runtime: Runtime = CPU, config: Config = SMALL) -> Workbench:
-    teacher = Teacher(make_model(), "abc", "store", Path("teacher"), {})
-    return Workbench(teacher, lookup("pointmass").spec, config, runtime)
-
-
-def corrector(*, teacher: str = "abc", calibrated: bool = False) -> FittedCorrector:
-    facts = CorrectorFacts(teacher, GateRule(15, 0.1, 0.4, 0.3, "l1"), promise_settings(SMALL) if calibrated else None)
-    return FittedCorrector(build_corrector("two-tower", CorrectorDims(16, 2, 16, 4)).eval(), facts, "store", Path("corrector"))
+from tests.workflows.workbenches import CPU, SMALL, bench, corrector
 
 
 def test_large_actions_get_two_more_iterations_and_the_discount_follows_the_episode() -> None:
@@ -78,12 +63,14 @@ def test_what_is_wrong_with_an_eager_planner_is_not_hidden(monkeypatch: pytest.M
         bench().warm_up()
 
 
-def test_replans_are_refined_if_asked_for_but_never_in_the_baseline() -> None:
-    speculation = SpeculationConfig(refine_iterations=1, refine_std=0.25, refine_below=0.7)
-    workbench = bench(config=SMALL.model_copy(update={"speculation": speculation}))
+def test_replans_are_refined_if_asked_for_but_never_with_one_step_per_plan() -> None:
+    refine = RefineConfig(iterations=1, std=0.25, below=0.7)
+    workbench = bench(config=SMALL.model_copy(update={"refine": refine}))
     runner = workbench.runner(Way(Mode.NAIVE, 3))
     assert runner.refinement is not None and runner.refinement.below == 0.7
     settings = runner.refinement.planner.settings
     assert (settings.iterations, settings.first_std, settings.num_samples) == (1, 0.25, 32)
     assert (runner.planner.settings.iterations, runner.planner.settings.first_std) == (2, None)
-    assert workbench.runner(Way(Mode.BASELINE, 1)).refinement is None and bench().runner(Way(Mode.NAIVE, 3)).refinement is None
+    assert runner.refinement is workbench.runner(Way(Mode.CORRECTED, 3, corrector())).refinement  # one planner for all
+    assert workbench.runner(Way(Mode.BASELINE, 1)).refinement is None and workbench.runner(Way(Mode.NAIVE, 1)).refinement is None
+    assert bench().runner(Way(Mode.NAIVE, 3)).refinement is None

@@ -16,7 +16,7 @@ from specmpc_cli.config.schema import Config, SpeculationConfig
 from specmpc_cli.engine.checkpoint import CorrectorFacts
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import PlannerSettings
-from specmpc_cli.engine.runner import SpeculativeRunner
+from specmpc_cli.engine.runner import Refinement, SpeculativeRunner
 from specmpc_cli.envs.adapter import RawStep, TaskEnv
 from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.errors import CalibrationFailed, ConfigError
@@ -257,3 +257,17 @@ def test_auditing_changes_no_action() -> None:
     for step in checked:
         assert float(step.log.error) >= 0 and (step.log.decision != Decision.REPLAN or step.log.error == 0)
     assert all(math.isnan(step.log.error) for step in audited if not step.log.audited)
+
+
+def test_an_audit_compares_refined_replans_with_whole_ones() -> None:
+    model = CountingModel()
+    whole, cheap = ScriptedPlanner(model), ScriptedPlanner(model, PlannerSettings(discount=0.99, horizon=3, iterations=1))
+    runner = SpeculativeRunner(model, whole, GateRule(2), ConstantCorrector(0.0), refinement=Refinement(cheap))  # type: ignore[arg-type]
+    seen: list[Any] = []
+    rollout(Auditor(runner), counting_envs(1, decisions=40), [Episode(Purpose.CALIBRATE, 0, 0)], device=CPU.device, on_step=seen.append)
+    logs = [step.log for step in seen if step.log.audited and step.log.decision == Decision.REPLAN]
+    refined = [log for log in logs if log.planner_iterations == 1]
+    assert refined and all(float(log.error) > 0 for log in refined)
+    assert all(float(log.error) == 0 for log in logs if log.planner_iterations == 6)
+    compared = sum(bool(step.log.audited) and int(step.log.planner_iterations) != 6 for step in seen)
+    assert len(whole.calls) == 1 + compared  # the first step's plan, and one for each comparison

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 
 from specmpc_cli.config.schema import Config, PlannerConfig, SpeculationConfig
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.errors import ConfigError
-from specmpc_cli.workflows.ways import Mode, Way, adaptive_way, broken_promise, promise_settings
-from tests.workflows.test_acting import SMALL, corrector
+from specmpc_cli.workflows.ways import Mode, Way, adaptive_way, broken_promise
+from tests.workflows.workbenches import SMALL, corrector
 
 
 def test_gates_come_from_the_mode_or_the_corrector() -> None:
@@ -41,12 +40,3 @@ def test_a_promise_holds_for_the_planner_and_the_tail_that_it_was_checked_with()
     for other in ({"planner": PlannerConfig()}, {"speculation": SpeculationConfig(tail="hold")}):
         assert "no promise holds here" in (broken_promise(way, SMALL.model_copy(update=other)) or "")
     assert broken_promise(Way(Mode.CORRECTED, 6, corrector(calibrated=True)), Config()) is None
-
-
-def test_a_promise_of_another_version_counts_its_missing_settings_as_defaults() -> None:
-    kept = corrector(calibrated=True)
-    settings = promise_settings(SMALL)
-    del settings["speculation"]["refine_iterations"]
-    for changes, broken in (({}, False), ({"planner": {**settings["planner"], "since_removed": 1}}, True)):
-        older = replace(kept, facts=replace(kept.facts, promised_with={**settings, **changes}))
-        assert (broken_promise(adaptive_way(older, SMALL, None, None), SMALL) is not None) == broken
