@@ -101,6 +101,10 @@ class TrainingLog:
             }
         )
 
+    def settings(self, counters: Counters, changes: list[str]) -> Line:
+        """A training that goes on acting in another way."""
+        return self._add({"event": "settings", "decisions": counters.decisions, "changes": changes})
+
     def burst(self, counters: Counters) -> Line:
         """The updates after the seed phase."""
         return self._add({"event": "first updates", "decisions": counters.decisions, "updates": counters.updates, **self.losses()})

@@ -26,6 +26,8 @@ from specmpc_cli.files import make_folder, write_whole
 KIND = "specmpc-training"
 # Settings that change nothing that is learned, so that a training may continue with others.
 _FREE = ("config.train.eval_every", "config.train.eval_episodes", "config.train.checkpoint_seconds")
+# How it acts may change on the way, and the metrics say when; how it learns may not.
+_ACTING = ("config.planner.", "config.train.acting.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +41,17 @@ class TrainFacts:
     config: dict[str, Any]  # as `kept_config` gives it
 
     def differences(self, other: TrainFacts) -> list[str]:
-        """`size is 5, was 1` for everything in which `other` (the saved training) differs."""
+        """`size is 5, was 1` for everything that `other` (the saved training) was begun with and that cannot change."""
+        return [line for key, line in self._changed(other) if key not in _FREE and not key.startswith(_ACTING)]
+
+    def acting_changes(self, other: TrainFacts) -> list[str]:
+        """The same for what may change: how it acts."""
+        return [line for key, line in self._changed(other) if key.startswith(_ACTING)]
+
+    def _changed(self, other: TrainFacts) -> list[tuple[str, str]]:
         mine, theirs = _flat(asdict(self)), _flat(asdict(other))
-        keys = sorted((mine.keys() | theirs.keys()) - set(_FREE))
-        return [f"{key} is {mine.get(key)}, was {theirs.get(key)}" for key in keys if mine.get(key) != theirs.get(key)]
+        keys = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+        return [(key, f"{key} is {mine.get(key)}, was {theirs.get(key)}") for key in keys]
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,6 +96,9 @@ class Trainer:
             self.replay.add(episode)
         self.counters, self.log.lines = saved.counters, saved.metrics
         self.seconds_before, self.checkpointed = saved.counters.seconds, saved.counters.decisions
+        if changes := self.facts.acting_changes(saved.facts):
+            self.log.settings(saved.counters, changes)
+            self.notes.append(f"from here on it acts with other settings: {'; '.join(changes)}")
         if saved.counters.seed_decisions is not None:
             self._progress.phase = "training"
         if not self._weights_are_the_teachers and not self._store.has_teacher():

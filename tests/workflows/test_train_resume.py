@@ -13,7 +13,7 @@ from specmpc_cli.runtime import choose_runtime
 from specmpc_cli.workflows.store import Store
 from specmpc_cli.workflows.train import begin_training
 from specmpc_cli.workflows.train_log import Progress, Watcher
-from tests.workflows.pointmass_training import SMALL, STEPS, TINY, Killed, assert_same_training, begin, kill_at, teacher
+from tests.workflows.pointmass_training import SMALL, STEPS, TINY, Killed, assert_same_training, begin, kill_at, lines, teacher
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 
@@ -78,6 +78,23 @@ def test_resuming_something_else_says_what_differs(tmp_path: Path) -> None:
     resume.rename(moved)
     with pytest.raises(ConfigError, match="task is cartpole-balance, was pointmass"):
         begin_training(Store(tmp_path, "cartpole-balance"), choose_runtime("cpu", "fp32"), steps=5000, seed=0)
+
+
+def test_how_it_acts_may_change_on_the_way_and_the_metrics_say_when(tmp_path: Path) -> None:
+    begin(tmp_path).run(120, Watcher())
+    slower = [*SMALL, "train.acting.horizon=4", "planner.iterations=2"]
+    with pytest.raises(Killed):  # before the next checkpoint, so that nothing of the change is kept
+        begin(tmp_path, settings=slower).run(STEPS, Watcher(kill_at(130)))
+    changed = begin(tmp_path, settings=slower)
+    expected = ["config.planner.iterations is 2, was 1", "config.train.acting.horizon is 4, was 1"]
+    assert changed.notes == ["from here on it acts with other settings: " + "; ".join(expected)]
+    changed.run(STEPS, Watcher())
+    again = begin(tmp_path, settings=[])
+    assert not again.notes and again.config.train.acting.horizon == 4
+    assert [line for line in lines(tmp_path) if line["event"] == "settings"] == [
+        {"event": "settings", "decisions": 120, "changes": expected}
+    ]
+    assert [line["planner_calls"] for line in lines(tmp_path) if line["event"] == "episode"] == [0, 0, 40, 10, 10]
 
 
 def test_options_left_out_are_those_of_the_saved_training(tmp_path: Path) -> None:
