@@ -119,7 +119,7 @@ def plot_front(report: dict[str, Any], path: Path) -> None:
 
 
 def plot_training(metrics: list[dict[str, Any]], task: str, path: Path, published: list[tuple[int, float]] | None = None) -> None:
-    """Draws a training as a PNG: each episode's return while learning, and the evaluations.
+    """Draws a training as a PNG: its episodes, by who acted in them, and the evaluations.
 
     Args:
         metrics: the lines of metrics.jsonl.
@@ -128,21 +128,33 @@ def plot_training(metrics: list[dict[str, Any]], task: str, path: Path, publishe
     from matplotlib.figure import Figure
 
     score = "success" if any("success_rate" in line for line in metrics) else "return"
-    episodes = [(line["decisions"], float(line[score])) for line in metrics if line["event"] == "episode" and line.get("actor") != "script"]
     name = "success_rate" if score == "success" else "return_mean"
     evaluations = [(line["decisions"], line[name]) for line in metrics if line["event"] == "eval"]
     figure = Figure(figsize=(7.5, 4.4), layout="constrained")
     axes = figure.subplots()
     if published:
         axes.plot(*zip(*published, strict=True), color="#111827", linestyle=":", marker="s", markersize=4, label="published (TD-MPC2, 5M)")
-    if episodes:
-        axes.plot(*zip(*episodes, strict=True), color="#93c5fd", linewidth=1, label="episodes while training")
+    for by_prior, color, who in ((False, "#93c5fd", "training"), (True, "#fdba74", "training, policy prior alone")):
+        if points := _learning_curve(metrics, score, by_prior):
+            axes.plot(*zip(*points, strict=True), color=color, linewidth=1, label=who)
     if evaluations:
-        axes.plot(*zip(*evaluations, strict=True), color="#2563eb", marker="o", markersize=5, label="evaluations, full planner")
+        axes.plot(*zip(*evaluations, strict=True), color="#2563eb", marker="o", markersize=5, label="evaluations")
     axes.set_title(f"{task}: training", loc="left", fontsize=11)
     axes.set_xlabel("decisions")
     axes.set_ylabel("success rate" if score == "success" else "episode return")
     _save(figure, axes, path, legend="lower right")
+
+
+_SUCCESS_WINDOW = 10  # episodes; a single one has either succeeded or not
+
+
+def _learning_curve(metrics: list[dict[str, Any]], score: str, by_prior: bool) -> list[tuple[int, float]]:
+    """(decisions, return, or success rate of the last episodes) of the episodes that learning itself played."""
+    lines = [line for line in metrics if line["event"] == "episode" and line.get("actor") != "script"]
+    mine = [line for line in lines if (line.get("actor") == "policy") == by_prior]
+    window = _SUCCESS_WINDOW if score == "success" else 1
+    means = [sum(line[score] for line in mine[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(mine))]
+    return [(line["decisions"], float(mean)) for line, mean in zip(mine, means, strict=True)]
 
 
 def _save(figure: Figure, axes: Axes, path: Path, *, legend: Literal["lower left", "lower right"]) -> None:
