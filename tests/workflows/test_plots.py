@@ -19,8 +19,8 @@ def test_returns_are_drawn_as_they_are_and_demonstrations_not_at_all() -> None:
         episode(30, "planner", **{"return": 2.0}),
     ]
     metrics += [episode(40, "policy", **{"return": 3.0}), {"event": "eval", "decisions": 40, "return_mean": 5.0}]
-    assert _learning_curve(metrics, "return", by_prior=False) == [(10, 1.0), (20, 2.0)]
-    assert _learning_curve(metrics, "return", by_prior=True) == [(30, 3.0)]
+    assert _learning_curve(metrics, "return", by_prior=False) == [(20, 1.0), (30, 2.0)]
+    assert _learning_curve(metrics, "return", by_prior=True) == [(40, 3.0)]
 
 
 def test_success_is_a_rate_over_the_last_ten_episodes_of_the_same_actor(tmp_path: Path) -> None:
