@@ -71,14 +71,24 @@ def expected_error(model: WorldModel, judged: Judgement) -> Tensor:
     return judged.expected_error
 
 
+def mismatch(model: WorldModel, judged: Judgement) -> Tensor:
+    """The distance of the real latent from the predicted one."""
+    return judged.mismatch
+
+
 def value_below_prior(model: WorldModel, judged: Judgement) -> Tensor:
     """How much more the world model expects of the policy prior's action than of the corrected one, Q(z, π(z)) − Q(z, a)."""
-    return q_value(model, judged.z, model.pi_mean(judged.z)) - q_value(model, judged.z, (judged.planned + judged.delta).clamp(-1, 1))
+    return q_value(model, judged.z, model.pi_mean(judged.z)) - q_corrected(model, judged)
 
 
 def value_lost(model: WorldModel, judged: Judgement) -> Tensor:
     """What the state is worth less than the one the plan predicted, Q(z_pred, planned) − Q(z, a)."""
-    return q_value(model, judged.z_pred, judged.planned) - q_value(model, judged.z, (judged.planned + judged.delta).clamp(-1, 1))
+    return q_value(model, judged.z_pred, judged.planned) - q_corrected(model, judged)
+
+
+def q_corrected(model: WorldModel, judged: Judgement) -> Tensor:
+    """The value of the corrected action at the real latent [B]."""
+    return q_value(model, judged.z, (judged.planned + judged.delta).clamp(-1, 1))
 
 
 def q_value(model: WorldModel, z: Tensor, action: Tensor) -> Tensor:
@@ -99,7 +109,7 @@ def judging_by(signal: Callable[[WorldModel, Judgement], Tensor]) -> Judge:
     return judge_by_signal
 
 
-GATES = {"the mismatch": None, "the expected error": expected_error, "the value below the prior's": value_below_prior,
+GATES = {"the mismatch": mismatch, "the expected error": expected_error, "the value below the prior's": value_below_prior,
          "the value lost since the plan": value_lost}  # fmt: skip
 
 
@@ -193,7 +203,7 @@ def main() -> None:
     for iterations in (1, 2):
         study.refined(f"two-tower, replans refine in {iterations}", horizons, iterations, two_tower)
     for what, signal in GATES.items():
-        study.gated(f"two-tower behind a gate on {what}", two_tower, judge=judging_by(signal) if signal else judge)
+        study.gated(f"two-tower behind a gate on {what}", two_tower, judge=judging_by(signal))
     study.at_horizons("temporal", horizons, study.fit("temporal", study.shards))
     study.at_horizons("plain distillation, z alone", horizons, study.fit("distilled", study.shards))
     for last in rounds[:-1]:
