@@ -126,10 +126,9 @@ class SpeculativeRunner:
         self.corrector = corrector
         self.history = history
         self._next_action = model.pi_mean if tail == "policy" else None
-        # One spare step: the observation at which a plan is exhausted still has a planned action to compare and to learn from. A plan that
-        # is to be refined there goes on for a whole planner's horizon.
-        spare = 1 if refinement is None else planner.settings.horizon
-        self._length = max(planner.settings.horizon, rule.horizon + spare)
+        # A plan goes on for a whole planner's horizon past its last step: that is the warm start of the next one, and what is seen where it
+        # is exhausted has a planned action to be compared with. One step per plan is plain TD-MPC2, which knows no tail.
+        self._length = rule.horizon + planner.settings.horizon if rule.horizon > 1 else planner.settings.horizon
 
     def initial_state(self, batch: int) -> RunnerState:
         """A state of `batch` rows, none of which has begun an episode."""
@@ -210,7 +209,7 @@ class SpeculativeRunner:
         return action, RunnerState(plan, age + 1, seen.history, state.stream, state.step + 1), log
 
     def warm_start(self, state: RunnerState, first: Tensor) -> Tensor:
-        """The old plan's mean shifted by its age, per row; where it runs out the tail's actions, where those run out 0; → [B, H, A]."""
+        """The old plan's mean shifted by its age, per row; where it runs out the tail's actions, without a tail 0; → [B, H, A]."""
         plan, horizon = state.plan, self.planner.settings.horizon
         course = torch.cat([plan.mean, plan.actions[:, horizon:]], dim=1)  # [B, L, A]
         index = state.age.unsqueeze(1) + torch.arange(horizon, device=course.device)  # [B, H]

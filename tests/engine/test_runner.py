@@ -78,8 +78,8 @@ def test_the_hold_tail_repeats_the_last_planned_action() -> None:
     assert torch.cat(drive.actions).flatten().tolist() == pytest.approx([0.01] * 5)
 
 
-@pytest.mark.parametrize(("horizon", "expected"), [(1, [0.011, 0.012, 0.0]), (2, [0.012, 0.0, 0.0]), (4, [-0.5, 0.0, 0.0])])
-def test_the_warm_start_is_the_mean_shifted_by_age_then_the_tail_then_zero(horizon: int, expected: list[float]) -> None:
+@pytest.mark.parametrize(("horizon", "expected"), [(1, [0.011, 0.012, 0.0]), (2, [0.012, -0.5, -0.5]), (4, [-0.5, -0.5, -0.5])])
+def test_the_warm_start_is_the_mean_shifted_by_age_then_the_tail_which_plain_replanning_has_not(horizon: int, expected: list[float]) -> None:
     runner, planner = naive(horizon)
     drive = Drive(runner)
     for _ in range(horizon + 1):
@@ -205,7 +205,8 @@ def test_with_the_real_planner_one_rows_reset_changes_no_other_rows_actions() ->
         return torch.stack(actions)
 
     plain, restarted = run(False), run(True)
-    assert torch.equal(plain[:, [0, 2]], restarted[:, [0, 2]])
+    # Tails are computed for as many rows as replan together, which moves the last bit of the warm starts.
+    torch.testing.assert_close(plain[:, [0, 2]], restarted[:, [0, 2]], rtol=0, atol=1e-6)
     assert not torch.equal(plain[2:, 1], restarted[2:, 1])
 
 
