@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Tail = Literal["policy", "hold"]  # how a plan goes on beyond the planner's horizon
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from specmpc_cli.cli.session import (
     envs_for,
     film_ways,
     matching_correctors,
-    note_gates,
+    note_ways,
     open_store,
     output_for,
     parse_horizons,
@@ -64,7 +64,7 @@ def eval_(
     way = choose_way(store, bench.teacher, bench.config, mode, **options)
     if way.corrector is not None:
         out.note(f"corrector: {way.corrector.arch} ({way.corrector.source})")
-    note_gates(out, bench, [way])
+    note_ways(out, bench, [way])
     if way.mode.plans:
         prepare_acting(out, bench, [way])
     with out.progress() as progress:
@@ -114,7 +114,7 @@ def compare(
     prepare_filming(common, out, video, task)
     store, bench = open_store(common, out, task, preset, set_)
     ways = ways_of(bench, steps, matching_correctors(out, store, bench, archs))
-    note_gates(out, bench, ways)
+    note_ways(out, bench, ways)
     if video:
         check_filming(ways)
     prepare_acting(out, bench, ways)

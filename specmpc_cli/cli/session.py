@@ -75,10 +75,13 @@ def matching_correctors(out: Output, store: "Store", bench: "Workbench", archs: 
     return found
 
 
-def note_gates(out: Output, bench: "Workbench", ways: "Iterable[Way]") -> None:
-    """Says how long plans live in adaptive ways, and whether the promise behind their gates holds here."""
-    from specmpc_cli.workflows.ways import Mode, broken_promise
+def note_ways(out: Output, bench: "Workbench", ways: "Iterable[Way]") -> None:
+    """Says how long plans live in adaptive ways, whether the promise behind their gates holds here, and which tails are not as set."""
+    from specmpc_cli.workflows.ways import Mode, broken_promise, tail_of_its_own
 
+    ways = list(ways)
+    for note in dict.fromkeys(filter(None, (tail_of_its_own(way, bench.config) for way in ways))):
+        out.note(f"note: {note}")
     for way in ways:
         if way.mode is Mode.ADAPTIVE:
             gate = bench.gate(way)

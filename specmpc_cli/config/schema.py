@@ -6,6 +6,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from specmpc_cli.types import Tail
+
 
 class Section(BaseModel):
     """Frozen, and closed to unknown keys."""
@@ -40,7 +42,7 @@ class PlannerConfig(Section):
 class SpeculationConfig(Section):
     """How plans are executed between planner calls."""
 
-    tail: Literal["policy", "hold"] = Field(default="policy", description="how a plan goes on beyond the planner's horizon")
+    tail: Tail = Field(default="policy", description="how a plan goes on beyond the planner's horizon; correctors bring that of their data")
     metric: Literal["l2", "l1", "cosine"] = Field(default="l2", description="distance of real and predicted latents")
     max_age: int = Field(default=20, ge=1, le=1000, description="env steps after which an adaptive plan is replaced")
 

@@ -56,6 +56,7 @@ class Shard:
     key: EpisodeKey
     rows: int
     planner: dict[str, Any]  # settings of the planner that labelled it
+    runner: dict[str, Any]  # how plans were executed: the `speculation` settings
 
 
 class ShardWriter:
@@ -106,8 +107,8 @@ def _inspect(path: Path) -> Shard:
             if int(attrs["schema"]) != SCHEMA_VERSION:
                 raise DatasetError(f"{path} has schema {attrs['schema']}, this version reads {SCHEMA_VERSION}; collect again")
             key = (int(attrs["seed"]), int(attrs["round"]), int(attrs["episode"]))
-            rows = len(_column(file, "z"))
-            return Shard(path, str(attrs["task"]), str(attrs["teacher_sha256"]), key, rows, json.loads(attrs["planner"]))
+            planner, runner = json.loads(attrs["planner"]), json.loads(attrs["runner"])
+            return Shard(path, str(attrs["task"]), str(attrs["teacher_sha256"]), key, len(_column(file, "z")), planner, runner)
     except PermissionError:
         raise DatasetError(f"no permission to read {path}") from None
     except (OSError, RuntimeError):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +20,7 @@ from specmpc_cli.engine.official import infer_dims, load_weights
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.errors import CheckpointError
 from specmpc_cli.files import write_whole
+from specmpc_cli.types import Tail
 
 TEACHER_KIND = "specmpc-world-model"
 CORRECTOR_KIND = "specmpc-corrector"
@@ -59,6 +60,7 @@ class CorrectorFacts:
     teacher_sha256: str  # of the teacher it was distilled from
     gate: GateRule  # its horizon: the env steps that an adaptive plan lives at most
     promised_with: dict[str, Any] | None = None  # settings of planner and speculation that the gate's promise was checked with
+    tail: Tail = "policy"  # of the plans that it learnt to correct
 
     @property
     def calibrated(self) -> bool:
@@ -73,6 +75,7 @@ def save_corrector(corrector: BaseCorrector, path: Path, facts: CorrectorFacts) 
         "teacher_sha256": facts.teacher_sha256,
         "config": json.dumps(corrector.config()),
         "gate": json.dumps({**asdict(facts.gate), "promised_with": facts.promised_with}),
+        "tail": facts.tail,
     }
     return _save({name: tensor.half() for name, tensor in corrector.state_dict().items()}, path, metadata)
 
@@ -84,6 +87,7 @@ def load_corrector(path: Path) -> tuple[BaseCorrector, CorrectorFacts]:
     try:
         config, gate = json.loads(metadata["config"]), json.loads(metadata["gate"])
         arch = config.pop("arch")
+        tail = _tail(metadata.get("tail", "policy"))
         if arch not in CORRECTORS:
             raise KeyError(arch)
         gate.pop("calibrated", None)  # files of before there was a calibration say so, and name no horizon
@@ -94,7 +98,15 @@ def load_corrector(path: Path) -> tuple[BaseCorrector, CorrectorFacts]:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{path} is not a corrector this version can read ({reason}); fit it again") from None
-    return corrector.requires_grad_(False).eval(), CorrectorFacts(metadata.get("teacher_sha256", ""), rule, promised_with)
+    return corrector.requires_grad_(False).eval(), CorrectorFacts(metadata.get("teacher_sha256", ""), rule, promised_with, tail)
+
+
+def _tail(name: str) -> Tail:
+    """The tail of that name. Raises ValueError for an unknown one."""
+    for tail in get_args(Tail):
+        if tail == name:
+            return tail
+    raise ValueError(f"its plans go on with {name!r}")
 
 
 def _save(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> str:

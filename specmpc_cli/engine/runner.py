@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,9 +15,7 @@ from torch import Tensor
 from specmpc_cli.engine.gate import METRICS, GateLimits, GateRule, decide, limits_of
 from specmpc_cli.engine.planner import PlannerSettings
 from specmpc_cli.engine.world_model import WorldModel
-from specmpc_cli.types import Corrector, Decision, Plan, ReplanReason, RunnerState, StepLog, Visit
-
-Tail = Literal["policy", "hold"]
+from specmpc_cli.types import Corrector, Decision, Plan, ReplanReason, RunnerState, StepLog, Tail, Visit
 
 
 class Planner(Protocol):

@@ -147,6 +147,14 @@ def adaptive_way(corrector: FittedCorrector, config: Config, accept_below: float
     return Way(Mode.ADAPTIVE, rule.horizon, corrector, with_thresholds(rule, accept_below, replan_above))
 
 
+def tail_of_its_own(way: Way, config: Config) -> str | None:
+    """What to tell the user if this way's corrector learnt on plans that go on otherwise than the settings say."""
+    if way.corrector is None or not way.mode.plans or (tail := way.corrector.facts.tail) == config.speculation.tail:
+        return None
+    asked = config.speculation.tail
+    return f"the {way.corrector.arch} corrector's plans go on with speculation.tail={tail}, as in its data; {asked} is for the other ways"
+
+
 def broken_promise(way: Way, config: Config) -> str | None:
     """What to tell the user if this way follows a gate that was calibrated with other settings."""
     promised_with = way.corrector.facts.promised_with if way.mode is Mode.ADAPTIVE and way.corrector else None

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from specmpc_cli.engine.official import load_official, official_state, read_offi
 from specmpc_cli.errors import CheckpointError
 from tests.conftest import DATA, make_model
 
-FACTS = CorrectorFacts("abc", GateRule(12, replan_above=0.5, replan_above_error=0.1, metric="l1"), {"planner": {"horizon": 3}})
+FACTS = CorrectorFacts("abc", GateRule(12, replan_above=0.5, replan_above_error=0.1, metric="l1"), {"planner": {"horizon": 3}}, "hold")
 
 
 @pytest.mark.parametrize("options", [{}, {"num_q": 5, "episodic": True}])
@@ -56,6 +57,12 @@ def test_correctors_of_before_there_was_a_calibration_are_uncalibrated(tmp_path:
     save_file(network.state_dict(), tmp_path / "old.safetensors", metadata)
     _, facts = load_corrector(tmp_path / "old.safetensors")
     assert facts == CorrectorFacts("abc", GateRule(20)) and not facts.calibrated
+
+
+def test_a_corrector_whose_plans_go_on_in_an_unknown_way_is_refused(tmp_path: Path) -> None:
+    save_corrector(build_corrector("two-tower", CorrectorDims(16, 2, 32, 4)), tmp_path / "c.safetensors", replace(FACTS, tail="spin"))  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="go on with 'spin'"):
+        load_corrector(tmp_path / "c.safetensors")
 
 
 def test_a_teacher_in_half_precision_is_half_as_large_and_keeps_its_hash(tmp_path: Path) -> None:

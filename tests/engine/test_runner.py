@@ -79,9 +79,7 @@ def test_the_hold_tail_repeats_the_last_planned_action() -> None:
 
 
 @pytest.mark.parametrize(("horizon", "expected"), [(1, [0.011, 0.012, 0.0]), (2, [0.012, -0.5, -0.5]), (4, [-0.5, -0.5, -0.5])])
-def test_the_warm_start_is_the_mean_shifted_by_age_then_the_tail_if_any(
-    horizon: int, expected: list[float]
-) -> None:
+def test_the_warm_start_is_the_mean_shifted_by_age_then_the_tail_if_any(horizon: int, expected: list[float]) -> None:
     runner, planner = naive(horizon)
     drive = Drive(runner)
     for _ in range(horizon + 1):
