@@ -67,7 +67,7 @@ def collect(
     for group, returns in report.returns.items():
         out.note(f"{group} steps per plan: mean return {sum(returns) / len(returns):.1f} over {len(returns)} episodes")
     if report.new_episodes:
-        out.note(f"{report.planner_calls} planner calls for the new episodes and their labels, in {report.seconds / 60:.1f} minutes")
+        out.note(f"{report.planner_calls} planner calls labelled the new episodes, in {report.seconds / 60:.1f} minutes")
     out.say(f"{report.rows} rows from {report.episodes} episodes ({report.new_episodes} new) in {report.folder}")
     out.document(
         {

@@ -76,11 +76,11 @@ def matching_correctors(out: Output, store: "Store", bench: "Workbench", archs: 
 
 
 def note_ways(out: Output, bench: "Workbench", ways: "Iterable[Way]") -> None:
-    """Says how long plans live in adaptive ways, whether the promise behind their gates holds here, and which tails are not as set."""
-    from specmpc_cli.workflows.ways import Mode, broken_promise, tail_of_its_own
+    """Says how long plans live in adaptive ways, whether the promise behind their gates holds here, and which tails are new to them."""
+    from specmpc_cli.workflows.ways import Mode, broken_promise, other_tail
 
     ways = list(ways)
-    for note in dict.fromkeys(filter(None, (tail_of_its_own(way, bench.config) for way in ways))):
+    for note in dict.fromkeys(filter(None, (other_tail(way, bench.config) for way in ways))):
         out.note(f"note: {note}")
     for way in ways:
         if way.mode is Mode.ADAPTIVE:

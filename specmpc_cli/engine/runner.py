@@ -151,10 +151,7 @@ class SpeculativeRunner:
     @torch.inference_mode()
     def act(self, obs: Tensor, state: RunnerState, first: Tensor) -> tuple[Tensor, RunnerState, StepLog]:
         """See `types.Actor`. Only the rows that need a plan are planned."""
-        return self.resolve(self.judge(obs, state, first), state, first)
-
-    def resolve(self, seen: Judgement, state: RunnerState, first: Tensor) -> tuple[Tensor, RunnerState, StepLog]:
-        """Plans for the rows that decided to, and acts; the second half of `act`."""
+        seen = self.judge(obs, state, first)
         replanning = seen.decision == Decision.REPLAN
         if self.refinement is None:
             planners = [(self.planner, replanning)]
@@ -162,7 +159,7 @@ class SpeculativeRunner:
             refined = replanning & self.refinement.covers(seen)
             planners = [(self.planner, replanning & ~refined), (self.refinement.planner, refined)]
         replanned = [self._replan_rows(planner, mask, seen, state, first) for planner, mask in planners]
-        return self._execute(seen, state, [part for part in replanned if part is not None])
+        return self.execute(seen, state, [part for part in replanned if part is not None])
 
     def judge(self, obs: Tensor, state: RunnerState, first: Tensor) -> Judgement:
         """What is seen and decided, before anything is planned."""
@@ -172,16 +169,20 @@ class SpeculativeRunner:
         z_pred, planned = state.plan.latents[row, age], state.plan.actions[row, age]
         return self._judge(self.model, self.corrector, self._metric, self._limits, obs, z_pred, planned, state.age, state.history, first)
 
+    def replan(self, planner: Planner, z: Tensor, warm_start: Tensor, state: RunnerState) -> Plan:
+        """Plans every row given, from latents z [B, Z], and appends the tail."""
+        return self._extend(planner(z, warm_start, state.stream, state.step))
+
     def _replan_rows(self, planner: Planner, mask: Tensor, seen: Judgement, state: RunnerState, first: Tensor) -> Replanned | None:
-        """New plans by `planner` of the rows under the mask [B], tails appended; None if there are none."""
+        """New plans by `planner` of the rows under the mask [B]; None if there are none."""
         rows = torch.nonzero(mask).squeeze(1)
         if not len(rows):
             return None
         old = state.take(rows)
-        fresh = planner(seen.z[rows], self.warm_start(old, first[rows]), old.stream, old.step)
-        return Replanned(rows, self._extend(fresh), planner.settings.iterations)
+        fresh = self.replan(planner, seen.z[rows], self.warm_start(old, first[rows]), old)
+        return Replanned(rows, fresh, planner.settings.iterations)
 
-    def _execute(self, seen: Judgement, state: RunnerState, replanned: Sequence[Replanned]) -> tuple[Tensor, RunnerState, StepLog]:
+    def execute(self, seen: Judgement, state: RunnerState, replanned: Sequence[Replanned]) -> tuple[Tensor, RunnerState, StepLog]:
         """Acts as decided; `replanned` covers the rows that decided to replan, each once."""
         planned, corrected = seen.planned, seen.decision == Decision.CORRECT
         delta = torch.where(corrected.unsqueeze(1), seen.delta, 0.0)

@@ -55,7 +55,7 @@ class CollectReport:
     new_episodes: int
     rows: int
     returns: dict[str, list[float]]  # of the new episodes, by "round r, behaviour"
-    planner_calls: int  # of the new episodes: one per env step for the label, and the runner's own
+    planner_calls: int  # that labelled the new episodes: one per env step
     seconds: float  # that they took, fits between the rounds included
 
 
@@ -136,7 +136,7 @@ def collect(
             for recorded in _run_round(bench, envs, missing, seed, corrector, writer, on_step):
                 returns[f"round {round_}, {recorded.behaviour.name.lower()} {recorded.horizon}"].append(recorded.episode_return)
                 new += 1
-                planner_calls += recorded.planner_calls
+                planner_calls += recorded.env_steps
     finally:
         envs.close()
         shards = read_shards(folder)
@@ -153,7 +153,7 @@ class Recorded:
     behaviour: Behaviour
     horizon: int
     episode_return: float
-    planner_calls: int
+    env_steps: int
 
 
 def _run_round(
@@ -180,7 +180,7 @@ def _run_round(
             on_step=recorder.step,
             on_episode=recorder.episode,
         )
-        recorded += [Recorded(behaviour, horizon, stat.episode_return, stat.env_steps + stat.planner_calls) for stat in stats]
+        recorded += [Recorded(behaviour, horizon, stat.episode_return, stat.env_steps) for stat in stats]
     return recorded
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from specmpc_cli.data.tuples import Behaviour
-from specmpc_cli.engine.runner import SpeculativeRunner
-from specmpc_cli.types import Rows, RunnerState, StepLog
+from specmpc_cli.engine.runner import Replanned, SpeculativeRunner
+from specmpc_cli.types import Decision, Rows, RunnerState, StepLog
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,17 @@ class LabelledLog(StepLog):
 
 @dataclass(frozen=True)
 class LabellerState(Rows):
-    """The runner's state, and what the teacher planned on the step before."""
+    """The runner's state, and the teacher's own last mean: it plans at each step and warm-starts from that."""
 
     runner: RunnerState
     teacher_mean: Tensor  # [B, H, A]
 
 
 class Labeller:
-    """Acts exactly as its runner does, or as the teacher with that runner in its shadow, and plans at every step for the label.
+    """Acts as a runner does, or as the teacher with that runner in its shadow, and plans at every step for the label.
 
-    The label is what plain replanning does along the states visited: each plan searches anew around the mean of the plan one step
-    before, whoever acted and whatever plan is being executed. Implements `types.Actor`.
+    Where the runner replans, the label's plan is the plan it adopts, a whole search even where acting would refine the old plan.
+    Implements `types.Actor`.
     """
 
     def __init__(self, runner: SpeculativeRunner, behaviour: Behaviour) -> None:
@@ -54,10 +54,16 @@ class Labeller:
     @torch.inference_mode()
     def act(self, obs: Tensor, state: LabellerState, first: Tensor) -> tuple[Tensor, LabellerState, LabelledLog]:
         seen = self.runner.judge(obs, state.runner, first)
-        action, after, log = self.runner.resolve(seen, state.runner, first)
-        shifted = torch.cat([state.teacher_mean[:, 1:], torch.zeros_like(state.teacher_mean[:, :1])], dim=1)
-        warm_start = shifted.masked_fill(first[:, None, None], 0.0)
-        fresh = self.runner.planner(seen.z, warm_start, state.runner.stream, state.runner.step)
+        if self.behaviour is Behaviour.TEACHER:
+            shifted = torch.cat([state.teacher_mean[:, 1:], torch.zeros_like(state.teacher_mean[:, :1])], dim=1)
+            warm_start = shifted.masked_fill(first[:, None, None], 0.0)
+        else:
+            warm_start = self.runner.warm_start(state.runner, first)
+        planner = self.runner.planner
+        fresh = self.runner.replan(planner, seen.z, warm_start, state.runner)
+        rows = torch.nonzero(seen.decision == Decision.REPLAN).squeeze(1)
+        adopted = Replanned(rows, fresh.take(rows), planner.settings.iterations)
+        action, after, log = self.runner.execute(seen, state.runner, [adopted])
         if self.behaviour is Behaviour.TEACHER:
             action = fresh.actions[:, 0]
         labelled = LabelledLog(

@@ -147,12 +147,12 @@ def adaptive_way(corrector: FittedCorrector, config: Config, accept_below: float
     return Way(Mode.ADAPTIVE, rule.horizon, corrector, with_thresholds(rule, accept_below, replan_above))
 
 
-def tail_of_its_own(way: Way, config: Config) -> str | None:
-    """What to tell the user if this way's corrector learnt on plans that go on otherwise than the settings say."""
-    if way.corrector is None or not way.mode.plans or (tail := way.corrector.facts.tail) == config.speculation.tail:
+def other_tail(way: Way, config: Config) -> str | None:
+    """What to tell the user if this way's plans go on otherwise than those that its corrector learnt to correct."""
+    tail = config.speculation.tail
+    if way.corrector is None or not way.mode.plans or way.corrector.facts.tail == tail:
         return None
-    asked = config.speculation.tail
-    return f"the {way.corrector.arch} corrector's plans go on with speculation.tail={tail}, as in its data; {asked} is for the other ways"
+    return f"the {way.corrector.arch} corrector learnt on plans with speculation.tail={way.corrector.facts.tail}, here it is {tail}"
 
 
 def broken_promise(way: Way, config: Config) -> str | None:
