@@ -123,6 +123,9 @@ def fit_corrector(
     shards = store.newest_dataset(bench.teacher)
     folder = shards[0].path.parent
     out.note(f"data: {folder} ({sum(shard.rows for shard in shards)} rows from {len(shards)} episodes)")
+    tail, of_data = bench.config.speculation.tail, shards[0].runner.get("tail")
+    if tail != of_data:
+        out.note(f"note: the data's plans go on with speculation.tail={of_data}, this corrector's with {tail}")
     fitted = []
     with out.progress() as progress:
         for name in archs:

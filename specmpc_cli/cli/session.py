@@ -76,7 +76,7 @@ def matching_correctors(out: Output, store: "Store", bench: "Workbench", archs: 
 
 
 def note_ways(out: Output, bench: "Workbench", ways: "Iterable[Way]") -> None:
-    """Says how long plans live in adaptive ways, whether the promise behind their gates holds here, and which tails are new to them."""
+    """Says how long plans live in adaptive ways, whether the promise behind their gates holds here, and which tails are not as set."""
     from specmpc_cli.workflows.ways import Mode, broken_promise, other_tail
 
     ways = list(ways)

@@ -42,7 +42,7 @@ class PlannerConfig(Section):
 class SpeculationConfig(Section):
     """How plans are executed between planner calls."""
 
-    tail: Tail = Field(default="policy", description="how a plan goes on beyond the planner's horizon")
+    tail: Tail = Field(default="policy", description="how a plan goes on beyond the planner's horizon; correctors keep theirs")
     metric: Literal["l2", "l1", "cosine"] = Field(default="l2", description="distance of real and predicted latents")
     max_age: int = Field(default=20, ge=1, le=1000, description="env steps after which an adaptive plan is replaced")
 

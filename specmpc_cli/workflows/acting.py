@@ -108,7 +108,7 @@ class Workbench:
             self.planner,
             rule,
             network,
-            tail=self.config.speculation.tail,
+            tail=way.corrector.facts.tail if way.corrector else self.config.speculation.tail,
             history=network.dims.history if network else DEFAULT_HISTORY,
             judge=judge_for(self.runtime),
             refinement=self.refinement if rule.horizon > 1 else None,  # with one step per plan it is plain replanning

@@ -65,22 +65,21 @@ def fit(bench: Workbench, arch: str, shards: Sequence[Shard], *, seed: int, on_e
     return Fitted(network, report, list(shards), seed)
 
 
-def uncalibrated(bench: Workbench, shards: Sequence[Shard]) -> CorrectorFacts:
-    """Of a corrector fitted to these shards, whose gate always corrects and never falls back."""
+def uncalibrated(bench: Workbench) -> CorrectorFacts:
+    """Of a corrector of this teacher whose gate always corrects and never falls back."""
     speculation = bench.config.speculation
-    rule = GateRule(speculation.max_age, metric=speculation.metric)
-    return CorrectorFacts(bench.teacher.sha256, rule, tail=shards[0].runner["tail"])
+    return CorrectorFacts(bench.teacher.sha256, GateRule(speculation.max_age, metric=speculation.metric), tail=speculation.tail)
 
 
 def as_corrector(bench: Workbench, fitted: Fitted) -> FittedCorrector:
     """A corrector to act with that lies in no store: collection's own, between two rounds."""
     folder = fitted.shards[0].path.parent
-    return FittedCorrector(fitted.network, uncalibrated(bench, fitted.shards), "memory", folder)
+    return FittedCorrector(fitted.network, uncalibrated(bench), "memory", folder)
 
 
 def save(store: Store, bench: Workbench, fitted: Fitted, noise: float, calibration: Calibration | None = None) -> Path:
     """Puts a fitted corrector into the store, with the data, settings and calibration that made it; → its folder."""
-    facts = uncalibrated(bench, fitted.shards)
+    facts = uncalibrated(bench)
     if calibration is not None:
         facts = replace(facts, gate=calibration.promise.rule, promised_with=bench.config.acting_settings())
     origin = {

@@ -148,11 +148,10 @@ def adaptive_way(corrector: FittedCorrector, config: Config, accept_below: float
 
 
 def other_tail(way: Way, config: Config) -> str | None:
-    """What to tell the user if this way's plans go on otherwise than those that its corrector learnt to correct."""
-    tail = config.speculation.tail
-    if way.corrector is None or not way.mode.plans or way.corrector.facts.tail == tail:
+    """What to tell the user if this way's corrector brings another tail than the settings have."""
+    if way.corrector is None or not way.mode.plans or (tail := way.corrector.facts.tail) == config.speculation.tail:
         return None
-    return f"the {way.corrector.arch} corrector learnt on plans with speculation.tail={way.corrector.facts.tail}, here it is {tail}"
+    return f"the {way.corrector.arch} corrector brings speculation.tail={tail}; {config.speculation.tail} is for the ways without one"
 
 
 def broken_promise(way: Way, config: Config) -> str | None:

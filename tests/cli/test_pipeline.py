@@ -117,13 +117,14 @@ def test_data_of_other_planner_settings_can_be_fitted_with_the_teachers_defaults
     assert result.code == 0 and result.document["label_noise"] > 0
 
 
-def test_a_tail_that_is_new_to_a_corrector_is_noted(with_teacher: Command) -> None:
-    with_teacher("collect", "--episodes", "2", "--set", "speculation.tail=hold")
-    assert with_teacher("fit-corrector", "--arch", "two-tower").code == 0
-    acts = ("eval", "--mode", "corrected", "--horizon", "6", "--episodes", "2")
-    other, same = with_teacher(*acts), with_teacher(*acts, "--set", "speculation.tail=hold")
-    assert "two-tower corrector learnt on plans with speculation.tail=hold, here it is policy" in other.err
-    assert same.code == 0 and "learnt on plans" not in same.err
+def test_a_corrector_keeps_the_tail_that_it_was_fitted_with(with_teacher: Command) -> None:
+    with_teacher("collect", "--episodes", "2")
+    fitted = with_teacher("fit-corrector", "--arch", "two-tower", "--set", "speculation.tail=hold")
+    assert "the data's plans go on with speculation.tail=policy, this corrector's with hold" in fitted.err
+    acts = ("eval", "--mode", "corrected", "--horizon", "6", "--episodes", "2", "--json")
+    unset, held = with_teacher(*acts), with_teacher(*acts, "--set", "speculation.tail=hold")
+    assert "two-tower corrector brings speculation.tail=hold; policy is for" in unset.err and "brings" not in held.err
+    assert unset.document["rows"][0]["episodes"] == held.document["rows"][0]["episodes"]
 
 
 def test_the_metric_is_the_one_that_was_set(with_teacher: Command) -> None:
