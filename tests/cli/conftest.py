@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,11 @@ from typer.testing import CliRunner
 from specmpc_cli.cli.app import app
 
 SMALL = "planner: {iterations: 2, num_samples: 32, num_elites: 8, num_pi_trajs: 4}\ncorrector: {width: 16, history: 4, epochs: 3}\n"
+
+
+def heed_ctrl_c() -> None:
+    """In a child before it starts: a shell's background jobs ignore Ctrl-C, and so would everything that they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)

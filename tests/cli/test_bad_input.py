@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from specmpc_cli.data.shards import read_shards
-from tests.cli.conftest import Command
+from tests.cli.conftest import Command, heed_ctrl_c
 from tests.conftest import make_model, official_state
 
 
@@ -195,7 +195,9 @@ def test_a_store_whose_memory_is_damaged(with_teacher: Command) -> None:
 
 def test_ctrl_c_while_collecting_keeps_the_finished_episodes_and_the_next_call_goes_on(with_teacher: Command) -> None:
     arguments = [sys.executable, "-m", "specmpc_cli", "collect", "--episodes", "400", "--store", str(with_teacher.store)]
-    run = subprocess.Popen([*arguments, "--preset", str(with_teacher.preset), "--quiet"], stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [*arguments, "--preset", str(with_teacher.preset), "--quiet"], preexec_fn=heed_ctrl_c, stderr=subprocess.PIPE, text=True
+    )
     data = main_folder(with_teacher) / "data"
     deadline = time.monotonic() + 120
     while len(list(data.glob("*/shard-*.h5"))) < 2:

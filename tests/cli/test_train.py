@@ -18,7 +18,7 @@ import yaml
 
 from specmpc_cli.engine.world_model import MODEL_SIZES
 from specmpc_cli.workflows.train_state import ResumeFolder
-from tests.cli.conftest import Command
+from tests.cli.conftest import Command, heed_ctrl_c
 
 SMALL = (
     "train: {seed_steps: 80, seed_updates: 4, updates_per_decision: 0.1, batch_size: 8, eval_every: 80, eval_episodes: 1,"
@@ -132,7 +132,8 @@ def run(command: Command, preset: str) -> Iterator[object]:
     started: list[subprocess.Popen[str]] = []
 
     def start(steps: int, limit: int | None = None) -> subprocess.Popen[str]:
-        def limit_files() -> None:
+        def prepare() -> None:
+            heed_ctrl_c()
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
@@ -140,7 +141,7 @@ def run(command: Command, preset: str) -> Iterator[object]:
         process = subprocess.Popen(
             [sys.executable, "-m", "specmpc_cli", *arguments],
             env=os.environ | {"SPECMPC_COMPILE": "0"},
-            preexec_fn=limit_files,
+            preexec_fn=prepare,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
