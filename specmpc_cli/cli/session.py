@@ -1,7 +1,7 @@
 """What the commands share: opening the store, saying what was taken, preparing the planner. Loads no torch when imported."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,11 +75,10 @@ def matching_correctors(out: Output, store: "Store", bench: "Workbench", archs: 
     return found
 
 
-def note_ways(out: Output, bench: "Workbench", ways: "Iterable[Way]") -> None:
+def note_ways(out: Output, bench: "Workbench", ways: "Sequence[Way]") -> None:
     """Says how long plans live in adaptive ways, whether the promise behind their gates holds here, and which tails are not as set."""
     from specmpc_cli.workflows.ways import Mode, broken_promise, other_tail
 
-    ways = list(ways)
     for note in dict.fromkeys(filter(None, (other_tail(way, bench.config) for way in ways))):
         out.note(f"note: {note}")
     for way in ways:
