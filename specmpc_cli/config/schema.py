@@ -156,7 +156,7 @@ class Config(Section):
 
     def acting_settings(self) -> dict[str, Any]:
         """What decides how a teacher acts, less what is switched off: for reports, and for promises about return, because another planner
-        is another baseline and another tail another plan."""
+        is another baseline."""
         return self.model_dump(mode="json", include={"planner", "speculation"} | ({"refine"} if self.refine.iterations else set()))
 
     @model_validator(mode="after")

@@ -157,10 +157,18 @@ def other_tail(way: Way, config: Config) -> str | None:
 def broken_promise(way: Way, config: Config) -> str | None:
     """What to tell the user if this way follows a gate that was calibrated with other settings."""
     promised_with = way.corrector.facts.promised_with if way.mode is Mode.ADAPTIVE and way.corrector else None
-    if promised_with is None or promised_with == config.acting_settings():
+    if promised_with is None or _binding(promised_with) == _binding(config.acting_settings()):
         return None
     assert way.corrector is not None
-    return f"the {way.corrector.arch} corrector's gate was calibrated with other settings of planner or speculation: no promise holds here"
+    return (
+        f"the {way.corrector.arch} corrector's gate was calibrated with other settings of planner, speculation or refine: "
+        "no promise holds here"
+    )
+
+
+def _binding(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of settings that decide how a teacher acts, those that a promise depends on: a corrector brings its own tail and metric."""
+    return {**settings, "speculation": {"max_age": settings["speculation"]["max_age"]}}
 
 
 def with_thresholds(rule: GateRule, accept_below: float | None, replan_above: float | None) -> GateRule:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from specmpc_cli.config.schema import Config, PlannerConfig, SpeculationConfig
+from specmpc_cli.config.schema import Config, PlannerConfig, RefineConfig, SpeculationConfig
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.errors import ConfigError
 from specmpc_cli.workflows.ways import Mode, Way, adaptive_way, broken_promise
@@ -34,9 +34,11 @@ def test_adaptive_takes_a_calibrated_gate_or_both_thresholds() -> None:
             adaptive_way(corrector(), SMALL, *one)
 
 
-def test_a_promise_holds_for_the_planner_and_the_tail_that_it_was_checked_with() -> None:
+def test_a_promise_holds_for_the_planner_and_the_refinement_that_it_was_checked_with() -> None:
     way = adaptive_way(corrector(calibrated=True), SMALL, None, None)
     assert broken_promise(way, SMALL) is None
-    for other in ({"planner": PlannerConfig()}, {"speculation": SpeculationConfig(tail="hold")}):
+    for other in ({"planner": PlannerConfig()}, {"speculation": SpeculationConfig(max_age=7)}, {"refine": RefineConfig(iterations=1)}):
         assert "no promise holds here" in (broken_promise(way, SMALL.model_copy(update=other)) or "")
+    ours = {"speculation": SpeculationConfig(tail="hold", metric="l1")}  # the corrector brings its own
+    assert broken_promise(way, SMALL.model_copy(update=ours)) is None
     assert broken_promise(Way(Mode.CORRECTED, 6, corrector(calibrated=True)), Config()) is None

@@ -1,0 +1,117 @@
+"""Is bf16 another controller? Plays the same episodes in fp32 and in bf16, and prints what the difference does to the return.
+
+    python docs/precision.py STORE TASK [--episodes 20] [--horizons 12] [--seed 0] [--out precision.json]
+
+Rows: plain replanning, and each corrector at each horizon. Both precisions draw the same numbers and play the same `compare` episodes;
+the interval is that of the ratio of paired returns.
+
+A machine that does not multiply bf16 computes what one with AMX would: operands rounded to bf16, products and sums in fp32, results
+rounded to bf16. That leaves the order of the sums, in which two such machines differ as well. It takes about as long as fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specmpc_cli.engine import layers
+from specmpc_cli.envs.registry import lookup
+from specmpc_cli.envs.vector import VectorEnv
+from specmpc_cli.runtime import Purpose, choose_runtime
+from specmpc_cli.workflows.acting import Workbench
+from specmpc_cli.workflows.evaluate import calls_saved, episodes_of, evaluate, scores_of
+from specmpc_cli.workflows.statistics import ratio, ratio_ci95
+from specmpc_cli.workflows.store import Store, config_of
+from specmpc_cli.workflows.ways import Mode, Way
+
+ENVS = 16
+
+
+# Opaque to the compiler, which would otherwise drop a rounding to bf16 between two fp32 kernels.
+@torch.library.custom_op("specmpc_docs::linear", mutates_args=())
+def rounded_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` of bf16 tensors as bf16 hardware computes it: exact products, sums in fp32, one rounding at the end."""
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(torch.bfloat16)
+
+
+@torch.library.custom_op("specmpc_docs::baddbmm", mutates_args=())
+def rounded_baddbmm(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`torch.baddbmm` of bf16 tensors, likewise."""
+    return torch.baddbmm(bias.float(), x.float(), weight.float()).to(torch.bfloat16)
+
+
+@rounded_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@rounded_baddbmm.register_fake
+def _(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], weight.shape[2])
+
+
+def emulate_bf16() -> None:
+    """Sends the layers' bf16 products through fp32 units; fp32 products stay as they are."""
+    linear, baddbmm = F.linear, torch.baddbmm
+
+    def linear_of(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return rounded_linear(x, weight, bias) if weight.dtype is torch.bfloat16 else linear(x, weight, bias)
+
+    def baddbmm_of(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return rounded_baddbmm(bias, x, weight) if weight.dtype is torch.bfloat16 else baddbmm(bias, x, weight)
+
+    layers.F = SimpleNamespace(**{**vars(F), "linear": linear_of})
+    layers.torch = SimpleNamespace(**{**vars(torch), "baddbmm": baddbmm_of})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("task")
+    parser.add_argument("--episodes", type=int, default=20)
+    parser.add_argument("--horizons", default="12")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+
+    precisions = {name: choose_runtime("auto", name) for name in ("fp32", "bf16")}
+    emulated = bool(precisions["bf16"].notes)
+    if emulated:
+        emulate_bf16()
+    spec = lookup(options.task).spec
+    store = Store(options.store, spec.task, "main")
+    teacher = store.teacher()
+    config = config_of(teacher, [], [])
+    benches = {name: Workbench(teacher, spec, config, runtime) for name, runtime in precisions.items()}
+    ways = [Way(Mode.BASELINE, 1)]
+    ways += [Way(Mode.CORRECTED, int(k), corrector) for corrector in store.correctors(teacher)[0] for k in options.horizons.split(",")]
+    envs = VectorEnv.make(spec.task, min(ENVS, options.episodes))
+    episodes = episodes_of(Purpose.COMPARE, options.seed, options.episodes)
+
+    print(f"{spec.task}, {options.episodes} episodes, seed {options.seed}, bf16 {'emulated' if emulated else 'by the hardware'}\n")
+    print("| way | calls saved | fp32 | bf16 | bf16 / fp32 |\n|---|---|---|---|---|", flush=True)
+    rows: list[dict[str, Any]] = []
+    for way in ways:
+        stats = {name: evaluate(bench, way, envs, episodes) for name, bench in benches.items()}
+        returns = {name: scores_of(of, use_success=False) for name, of in stats.items()}
+        value, interval = ratio(returns["bf16"], returns["fp32"]), ratio_ci95(returns["bf16"], returns["fp32"])
+        within = f"{value:.1%} ({interval[0]:.1%}–{interval[1]:.1%})" if value is not None and interval else "–"
+        label = way.mode.value + (f" {way.horizon} ({way.corrector.arch})" if way.corrector else "")
+        print(
+            f"| {label} | {calls_saved(stats['fp32']):.1%} | {returns['fp32'].mean():.1f} | {returns['bf16'].mean():.1f} | {within} |",
+            flush=True,
+        )
+        rows.append({"way": label, "returns": {name: of.tolist() for name, of in returns.items()}, "ratio": value, "ratio_ci95": interval})
+        if options.out:
+            options.out.write_text(json.dumps({"task": spec.task, "seed": options.seed, "emulated": emulated, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
