@@ -75,23 +75,23 @@ class Runtime:
 def choose_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
     """Resolves `--device` and `--dtype`.
 
-    `auto` takes CUDA where there is one, and bf16 where the hardware multiplies it (CUDA; CPUs with AMX or AVX512-BF16), fp32 elsewhere:
-    emulated bf16 is several times slower than fp32. Compilation needs a C++ compiler and Python's headers, and can be switched off with
-    SPECMPC_COMPILE=0.
+    `auto` takes CUDA where there is one, and bf16 where the hardware multiplies it (GPUs since Ampere; CPUs with AMX or
+    AVX512-BF16), fp32 elsewhere: emulated bf16 is several times slower than fp32. Compilation needs a C++ compiler and Python's
+    headers, and can be switched off with SPECMPC_COMPILE=0.
 
     Raises:
         ConfigError: an unknown device or dtype, or CUDA asked for where there is none.
     """
     notes = []
     chosen = _choose_device(device)
-    fast_bf16 = chosen.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    fast_bf16 = _multiplies_bf16(chosen)
     match dtype:
         case "auto":
             resolved = torch.bfloat16 if fast_bf16 else torch.float32
         case "bf16":
             resolved = torch.bfloat16
             if not fast_bf16:
-                notes.append("this CPU has no bf16 instructions: --dtype bf16 is emulated here and slower than fp32")
+                notes.append(f"this {chosen.type.upper()} has no bf16 instructions: --dtype bf16 is emulated here and slower than fp32")
         case "fp32":
             resolved = torch.float32
         case _:
@@ -119,6 +119,13 @@ def _choose_device(device: str) -> torch.device:
     if chosen.index is not None:
         torch.cuda.set_device(chosen)  # graphs are captured on the current device
     return chosen
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    """Whether this device has instructions for products of bf16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def _missing_for_compilation() -> str | None:

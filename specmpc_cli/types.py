@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor
 
+Executes = Literal["mean", "drawn"]  # of a plan: the elites' weighted mean, or the elite that the planner drew
 Tail = Literal["policy", "hold"]  # how a plan goes on beyond the planner's horizon
 
 
@@ -95,11 +96,11 @@ class Rows:
 class Plan(Rows):
     """What one planner call leaves behind. L is H, or longer by the tail that speculation appends."""
 
-    actions: Tensor  # [B, L, A] the executed sequence: one elite drawn by weight, then the tail
+    actions: Tensor  # [B, L, A] the executed sequence: one elite drawn by weight or, if a runner prefers it, the mean; then the tail
     latents: Tensor  # [B, L+1, Z] its predicted latents; latents[:, 0] is the latent planned from
     mean: Tensor  # [B, H, A] weighted elite mean: the next warm start, and the label of distillation
     std: Tensor  # [B, H, A] weighted elite spread, clamped as MPPI clamps it
-    value: Tensor  # [B] estimated value of the executed elite
+    value: Tensor  # [B] estimated value of the drawn elite
 
 
 @dataclass(frozen=True)

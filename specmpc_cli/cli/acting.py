@@ -66,7 +66,7 @@ def eval_(
         out.note(f"corrector: {way.corrector.arch} ({way.corrector.source})")
     note_ways(out, bench, [way])
     if way.mode.plans:
-        prepare_acting(out, bench, [way])
+        prepare_acting(out, bench, [way], envs_for(episodes))
     with out.progress() as progress:
         bar = progress.add_task(way.label, total=episodes * bench.spec.decisions, state="env steps")
         report = evaluate_one(
@@ -117,7 +117,7 @@ def compare(
     note_ways(out, bench, ways)
     if video:
         check_filming(ways)
-    prepare_acting(out, bench, ways)
+    prepare_acting(out, bench, ways, envs_for(episodes))
     with out.progress() as progress:
         total = episodes * bench.spec.decisions
         overall = progress.add_task("ways of acting", total=len(ways), state="")

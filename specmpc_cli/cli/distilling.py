@@ -43,7 +43,7 @@ def collect(
 
         def begin_round(round_: int, missing: int) -> None:
             if missing:
-                prepare_acting(out, bench)
+                prepare_acting(out, bench, [], 1)
             progress.reset(bar, total=missing * bench.spec.decisions, description=f"round {round_}", state="env steps")
 
         def fit(shards: "list[Shard]") -> "FittedCorrector":
@@ -123,9 +123,9 @@ def fit_corrector(
     shards = store.newest_dataset(bench.teacher)
     folder = shards[0].path.parent
     out.note(f"data: {folder} ({sum(shard.rows for shard in shards)} rows from {len(shards)} episodes)")
-    tail, of_data = bench.config.speculation.tail, shards[0].runner.get("tail")
-    if tail != of_data:
-        out.note(f"note: the data's plans go on with speculation.tail={of_data}, this corrector's with {tail}")
+    for name, of_data in shards[0].runner.items():
+        if name in ("executes", "tail") and of_data != (ours := getattr(bench.config.speculation, name)):
+            out.note(f"note: the data's plans have speculation.{name}={of_data}, this corrector's {ours}")
     fitted = []
     with out.progress() as progress:
         for name in archs:
@@ -136,7 +136,8 @@ def fit_corrector(
 
             fitted.append(fit(bench, name, shards, seed=common.seed, on_epoch=show))
             progress.stop_task(bar)
-    prepare_acting(out, bench, [Way(Mode.CORRECTED, DEFAULT_HORIZON, as_corrector(bench, one)) for one in fitted])
+    ways = [Way(Mode.CORRECTED, DEFAULT_HORIZON, as_corrector(bench, one)) for one in fitted]
+    prepare_acting(out, bench, ways, envs_for(promise_over))
     noise = measure_label_noise(bench, shards, seed=common.seed)
     folders = [save(store, bench, network, noise) for network in fitted]
     out.table(fit_table(fitted, noise))

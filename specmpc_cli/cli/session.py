@@ -76,10 +76,10 @@ def matching_correctors(out: Output, store: "Store", bench: "Workbench", archs: 
 
 
 def note_ways(out: Output, bench: "Workbench", ways: "Sequence[Way]") -> None:
-    """Says how long plans live in adaptive ways, whether the promise behind their gates holds here, and which tails are not as set."""
-    from specmpc_cli.workflows.ways import Mode, broken_promise, other_tail
+    """Says how long plans live in adaptive ways, whether the promise behind their gates holds here, and which settings correctors bring."""
+    from specmpc_cli.workflows.ways import Mode, broken_promise, own_settings
 
-    for note in dict.fromkeys(filter(None, (other_tail(way, bench.config) for way in ways))):
+    for note in dict.fromkeys(filter(None, (own_settings(way, bench.config) for way in ways))):
         out.note(f"note: {note}")
     for way in ways:
         if way.mode is Mode.ADAPTIVE:
@@ -113,10 +113,10 @@ def prepare_training(out: Output, trainer: "Trainer") -> None:
         _prepare(out, "planner and losses", "two minutes", trainer.prepare)
 
 
-def prepare_acting(out: Output, bench: "Workbench", ways: "Iterable[Way]" = ()) -> None:
-    """Makes the first plan, and the first step of each corrector in `ways`, which compiles them, and says so."""
+def prepare_acting(out: Output, bench: "Workbench", ways: "Iterable[Way]", rows: int) -> None:
+    """Makes the first plans of up to `rows` rows, and the first step of each corrector in `ways`, which compiles them, and says so."""
     if bench.runtime.prepares and not bench.warm:
-        _prepare(out, "the planner", "a minute or two", lambda: bench.warm_up(ways))
+        _prepare(out, "the planner", "a minute or two", lambda: bench.warm_up(ways, rows))
 
 
 def _prepare(out: Output, what: str, duration: str, prepare: Callable[[], str | None]) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from specmpc_cli.types import Tail
+from specmpc_cli.types import Executes, Tail
 
 
 class Section(BaseModel):
@@ -42,6 +42,9 @@ class PlannerConfig(Section):
 class SpeculationConfig(Section):
     """How plans are executed between planner calls."""
 
+    executes: Executes = Field(
+        default="drawn", description="what plans of several steps execute: the elite drawn or the elites' mean; correctors keep theirs"
+    )
     tail: Tail = Field(default="policy", description="how a plan goes on beyond the planner's horizon; correctors keep theirs")
     metric: Literal["l2", "l1", "cosine"] = Field(default="l2", description="distance of real and predicted latents")
     max_age: int = Field(default=20, ge=1, le=1000, description="env steps after which an adaptive plan is replaced")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from specmpc_cli.engine.correctors import DistilledPolicy
+from specmpc_cli.engine.rows import row_by_row
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.types import Decision, ReplanReason, Rows, StepLog
 
@@ -68,11 +69,10 @@ class PolicyActor(PlanlessActor):
         self.model, self._explore = model, explore
 
     def choose(self, obs: Tensor, state: StreamState) -> Tensor:
-        z = self.model.encode(obs)
         if not self._explore:
-            return self.model.pi_mean(z)
+            return row_by_row(lambda obs: self.model.pi_mean(self.model.encode(obs)), obs)
         eps = np.stack([rng.standard_normal(self.model.dims.action_dim, dtype=np.float32) for rng in _draws(state)])
-        return self.model.pi_sample(z, torch.from_numpy(eps).to(self._device))
+        return row_by_row(lambda obs, eps: self.model.pi_sample(self.model.encode(obs), eps), obs, torch.from_numpy(eps).to(self._device))
 
 
 class DistilledActor(PlanlessActor):
@@ -88,6 +88,9 @@ class DistilledActor(PlanlessActor):
         self.model, self.network = model, network
 
     def choose(self, obs: Tensor, state: StreamState) -> Tensor:
+        return row_by_row(self._action, obs)
+
+    def _action(self, obs: Tensor) -> Tensor:
         z = self.model.encode(obs)
         return self.network.propose(z, self.model.pi_mean(z))[0].clamp(-1.0, 1.0)
 

@@ -35,7 +35,8 @@ class BatchedPlanner:
     ) -> None:
         """
         Args:
-            batch_sizes: rows per call; must contain 1, so that every number of rows is met without padding.
+            batch_sizes: rows per call; must contain 1. A size that is at most half empty is filled up with copies, because the time of
+                a small batch is that of its launches.
             explore: adds training noise to the first action.
             draws: where the random draws are made; on CUDA they must be made on the device.
         """
@@ -44,7 +45,7 @@ class BatchedPlanner:
         self._rollout_model = model
         self._compute_model = model.compute_copy(dtype)
         self._kernels = kernels
-        self._batch_sizes = sorted(batch_sizes, reverse=True)
+        self._batch_sizes = sorted(batch_sizes)
         self._explore, self._draws = explore, draws
         self._calls = self._captured_calls()
 
@@ -66,13 +67,24 @@ class BatchedPlanner:
 
     def __call__(self, z: Tensor, warm_start: Tensor, streams: Tensor, steps: Tensor) -> Plan:
         """z [B, Z], warm_start [B, H, A], streams and steps [B] int64 → a plan of B rows, B ≥ 1."""
-        parts, done = [], 0
-        while done < z.shape[0]:
-            size = next(size for size in self._batch_sizes if size <= z.shape[0] - done)
-            rows = slice(done, done + size)
-            parts.append(Plan(*self._calls[size](z[rows], warm_start[rows], streams[rows], steps[rows])))
+        parts, done, total = [], 0, z.shape[0]
+        while done < total:
+            size = self._size_for(total - done)
+            rows = torch.arange(done, done + size, device=z.device).clamp(max=total - 1)
+            made = Plan(*self._calls[size](z[rows], warm_start[rows], streams[rows], steps[rows]))
+            parts.append(made if done + size <= total else made.take(rows[: total - done] - done))
             done += size
         return parts[0].concatenate(*parts[1:])
+
+    def _size_for(self, rows: int) -> int:
+        """The rows that the next call takes while `rows` are left."""
+        fits = max(size for size in self._batch_sizes if size <= rows)
+        roomier = min((size for size in self._batch_sizes if size >= rows), default=fits)
+        return roomier if roomier <= 2 * rows else fits
+
+    def sizes_for(self, rows: int) -> list[int]:
+        """The batch sizes that calls with up to `rows` rows meet."""
+        return sorted({self._size_for(left) for left in range(1, rows + 1)})
 
     def _plan(self, z: Tensor, warm_start: Tensor, streams: Tensor, steps: Tensor) -> tuple[Tensor, ...]:
         """The fields of a plan of as many rows as one call takes, draws included."""

@@ -24,31 +24,34 @@ class CapturedCall:
         self._fn, self._enabled = fn, enabled
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: tuple[Tensor, ...] = ()
+        self._inputs: tuple[Tensor, ...] = ()  # what the function is always called with, so that the graph finds its inputs there
         self._outputs: Any = None
 
     def __call__(self, *inputs: Tensor) -> Any:
+        if not self._enabled:
+            return self._fn(*inputs)
         self._calls += 1
-        if not self._enabled or self._calls <= EAGER_CALLS:
-            return self._fn(*inputs)
-        if self._graph is None:
-            self._capture(inputs)
-        if self._graph is None:
-            return self._fn(*inputs)
+        if self._calls == 1:
+            with torch.inference_mode(False):  # tensors of one kind, whatever the caller's mode: compiled code tells them apart
+                self._inputs = tuple(torch.empty_like(value) for value in inputs)
         for static, value in zip(self._inputs, inputs, strict=True):
             static.copy_(value)
+        if self._graph is None and self._calls > EAGER_CALLS:
+            self._capture()
+        if self._graph is None:
+            return tree_map(torch.clone, self._fn(*self._inputs))
         self._graph.replay()
-        return tree_map(torch.clone, self._outputs)  # the next replay writes over them
+        return tree_map(torch.clone, self._outputs)  # the next call writes over them
 
-    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
+    def _capture(self) -> None:
         """Captures the function; where that fails it stays a plain call for good, and a warning says so."""
-        self._inputs = tuple(value.clone() for value in inputs)
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph):
                 self._outputs = self._fn(*self._inputs)
         except RuntimeError as error:
             self._enabled = False
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
             warnings.warn(f"not captured in a CUDA graph, so it runs slower: {str(error).strip().splitlines()[0]}", stacklevel=3)
             return
         self._graph = graph

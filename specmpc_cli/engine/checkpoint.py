@@ -20,7 +20,7 @@ from specmpc_cli.engine.official import infer_dims, load_weights
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.errors import CheckpointError
 from specmpc_cli.files import write_whole
-from specmpc_cli.types import Tail
+from specmpc_cli.types import Executes, Tail
 
 TEACHER_KIND = "specmpc-world-model"
 CORRECTOR_KIND = "specmpc-corrector"
@@ -61,6 +61,7 @@ class CorrectorFacts:
     gate: GateRule  # its horizon: the env steps that an adaptive plan lives at most
     promised_with: dict[str, Any] | None = None  # settings of planner and speculation that the gate's promise was checked with
     tail: Tail = "policy"  # of the plans that it corrects
+    executes: Executes = "drawn"  # what those plans execute
 
     @property
     def calibrated(self) -> bool:
@@ -75,6 +76,7 @@ def save_corrector(corrector: BaseCorrector, path: Path, facts: CorrectorFacts) 
         "teacher_sha256": facts.teacher_sha256,
         "config": json.dumps(corrector.config()),
         "gate": json.dumps({**asdict(facts.gate), "promised_with": facts.promised_with}),
+        "executes": facts.executes,
         "tail": facts.tail,
     }
     return _save({name: tensor.half() for name, tensor in corrector.state_dict().items()}, path, metadata)
@@ -87,7 +89,9 @@ def load_corrector(path: Path) -> tuple[BaseCorrector, CorrectorFacts]:
     try:
         config, gate = json.loads(metadata["config"]), json.loads(metadata["gate"])
         arch = config.pop("arch")
-        tail = _tail(metadata.get("tail", "policy"))
+        # Files of before these were settings name neither.
+        executes: Executes = _one_of(Executes, metadata.get("executes", "drawn"))
+        tail: Tail = _one_of(Tail, metadata.get("tail", "policy"))
         if arch not in CORRECTORS:
             raise KeyError(arch)
         gate.pop("calibrated", None)  # files of before there was a calibration say so, and name no horizon
@@ -98,15 +102,15 @@ def load_corrector(path: Path) -> tuple[BaseCorrector, CorrectorFacts]:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{path} is not a corrector this version can read ({reason}); fit it again") from None
-    return corrector.requires_grad_(False).eval(), CorrectorFacts(metadata.get("teacher_sha256", ""), rule, promised_with, tail)
+    facts = CorrectorFacts(metadata.get("teacher_sha256", ""), rule, promised_with, tail, executes)
+    return corrector.requires_grad_(False).eval(), facts
 
 
-def _tail(name: str) -> Tail:
-    """The tail of that name. Raises ValueError for an unknown one."""
-    for tail in get_args(Tail):
-        if tail == name:
-            return tail
-    raise ValueError(f"its plans go on with {name!r}")
+def _one_of(names: Any, name: str) -> Any:
+    """The name, if the Literal `names` has it. Raises ValueError if not."""
+    if name not in get_args(names):
+        raise ValueError(f"{name!r} is none of {', '.join(get_args(names))}")
+    return name
 
 
 def _save(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> str:

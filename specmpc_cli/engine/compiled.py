@@ -16,6 +16,7 @@ from torch import Tensor
 from specmpc_cli.engine.draws import Draws, device_draws, host_draws
 from specmpc_cli.engine.gate import GateLimits
 from specmpc_cli.engine.planner import EAGER, Kernels, iterate, prior_actions
+from specmpc_cli.engine.rows import row_by_row
 from specmpc_cli.engine.runner import Judge, Judgement, judge
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.runtime import Runtime, use_compile_cache
@@ -57,23 +58,13 @@ def compiled_judge() -> Judge:
 
 
 def judge_for(runtime: Runtime) -> Judge:
-    """How this device judges: a CPU row by row, so that a row's results do not depend on those beside it; CUDA all rows at once."""
+    """How this device judges: a CPU row by row, compiled or not; CUDA all rows at once."""
     if runtime.device.type == "cuda":
         return judge
-    return row_by_row(compiled_judge() if runtime.compiled else judge)
+    judge_row = compiled_judge() if runtime.compiled else judge
 
-
-def row_by_row(judge_row: Judge) -> Judge:
-    """Judges rows one at a time."""
-
-    def judge_rows(
-        model: WorldModel, corrector: Corrector | None, metric: str, limits: GateLimits, obs: Tensor, *seen: Tensor
-    ) -> Judgement:
-        if len(obs) == 1:
-            return judge_row(model, corrector, metric, limits, obs, *seen)
-        rows = zip(*(value.split(1) for value in (obs, *seen)), strict=True)
-        parts = [judge_row(model, corrector, metric, limits, *row) for row in rows]
-        return Judgement(*(torch.cat(values) for values in zip(*parts, strict=True)))
+    def judge_rows(model: WorldModel, corrector: Corrector | None, metric: str, limits: GateLimits, *seen: Tensor) -> Judgement:
+        return row_by_row(lambda *row: judge_row(model, corrector, metric, limits, *row), *seen)
 
     return judge_rows
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from specmpc_cli.engine.gate import METRICS, GateLimits, GateRule, decide, limits_of
 from specmpc_cli.engine.planner import PlannerSettings
+from specmpc_cli.engine.rows import row_by_row
 from specmpc_cli.engine.world_model import WorldModel
-from specmpc_cli.types import Corrector, Decision, Plan, ReplanReason, RunnerState, StepLog, Tail, Visit
+from specmpc_cli.types import Corrector, Decision, Executes, Plan, ReplanReason, RunnerState, StepLog, Tail, Visit
 
 
 class Planner(Protocol):
@@ -101,6 +102,7 @@ class SpeculativeRunner:
         rule: GateRule,
         corrector: Corrector | None = None,
         *,
+        executes: Executes = "drawn",
         tail: Tail = "policy",
         history: int = 8,
         judge: Judge = judge,
@@ -109,6 +111,8 @@ class SpeculativeRunner:
         """
         Args:
             model: the fp32 world model that encodes observations and predicts latents.
+            executes: what plans of several steps execute: the elite that the planner drew, or the elites' `mean`. One step per
+                plan is plain TD-MPC2, which executes what it drew.
             tail: how a plan goes on beyond the planner's horizon: `policy` follows the policy prior's mean through the
                 dynamics, `hold` repeats the last planned action.
             history: W, the steps a corrector may look back on.
@@ -123,6 +127,7 @@ class SpeculativeRunner:
         self._judge = judge
         self.corrector = corrector
         self.history = history
+        self._executes_mean = executes == "mean" and rule.horizon > 1
         self._next_action = model.pi_mean if tail == "policy" else None
         # A plan goes on for a whole planner's horizon past its last step: that is the warm start of the next one, and what is seen where it
         # is exhausted has a planned action to be compared with. One step per plan is plain TD-MPC2, which knows no tail.
@@ -169,9 +174,22 @@ class SpeculativeRunner:
         z_pred, planned = state.plan.latents[row, age], state.plan.actions[row, age]
         return self._judge(self.model, self.corrector, self._metric, self._limits, obs, z_pred, planned, state.age, state.history, first)
 
-    def replan(self, planner: Planner, z: Tensor, warm_start: Tensor, state: RunnerState) -> Plan:
-        """Plans every row given, from latents z [B, Z], and appends the tail."""
-        return self._extend(planner(z, warm_start, state.stream, state.step))
+    def adopt(self, plan: Plan) -> Plan:
+        """The plan as this runner executes it: the drawn elite or the mean, and then the tail."""
+        actions, latents = row_by_row(self._course, plan.actions, plan.latents, plan.mean)
+        return replace(plan, actions=actions, latents=latents)
+
+    def _course(self, actions: Tensor, latents: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions [B, H, A], latents [B, H+1, Z] and mean [B, H, A] of plans → what is executed, [B, L, A], and predicted, [B, L+1, Z]."""
+        if self._executes_mean:
+            actions, latents = mean, latents[:, :1]
+        course, states = list(actions.unbind(1)), list(latents.unbind(1))
+        for t in range(self._length):
+            if t == len(course):
+                course.append(course[-1] if self._next_action is None else self._next_action(states[t]))
+            if t + 1 == len(states):
+                states.append(self.model.next(states[t], course[t]))
+        return torch.stack(course, dim=1), torch.stack(states, dim=1)
 
     def _replan_rows(self, planner: Planner, mask: Tensor, seen: Judgement, state: RunnerState, first: Tensor) -> Replanned | None:
         """New plans by `planner` of the rows under the mask [B]; None if there are none."""
@@ -179,8 +197,8 @@ class SpeculativeRunner:
         if not len(rows):
             return None
         old = state.take(rows)
-        fresh = self.replan(planner, seen.z[rows], self.warm_start(old, first[rows]), old)
-        return Replanned(rows, fresh, planner.settings.iterations)
+        plan = planner(seen.z[rows], self.warm_start(old, first[rows]), old.stream, old.step)
+        return Replanned(rows, self.adopt(plan), planner.settings.iterations)
 
     def execute(self, seen: Judgement, state: RunnerState, replanned: Sequence[Replanned]) -> tuple[Tensor, RunnerState, StepLog]:
         """Acts as decided; `replanned` covers the rows that decided to replan, each once."""
@@ -215,11 +233,3 @@ class SpeculativeRunner:
         index = index.clamp(max=course.shape[1] - 1)
         shifted = course.gather(1, index.unsqueeze(2).expand(-1, -1, course.shape[2]))
         return torch.where(inside.unsqueeze(2), shifted, 0.0)
-
-    def _extend(self, plan: Plan) -> Plan:
-        """Appends the tail: actions and latents up to this runner's plan length."""
-        actions, latents = list(plan.actions.unbind(1)), list(plan.latents.unbind(1))
-        while len(actions) < self._length:
-            actions.append(actions[-1] if self._next_action is None else self._next_action(latents[-1]))
-            latents.append(self.model.next(latents[-1], actions[-1]))
-        return replace(plan, actions=torch.stack(actions, dim=1), latents=torch.stack(latents, dim=1))

@@ -146,8 +146,16 @@ class WorldModel(nn.Module):
         return x if self.task_emb is None else x * self.action_masks[task]
 
     def encode(self, obs: Tensor, task: Tensor | None = None) -> Tensor:
-        """Observation [..., O] → latent [..., Z]."""
-        return self.encoder(self.with_task(obs, task))
+        """Observation [..., O] → latent [..., Z].
+
+        The layer that reads observations multiplies in fp32 even under autocast: a sensor's offset would swallow bf16's eight digits.
+        """
+        first, *others = self.encoder
+        with torch.autocast(obs.device.type, enabled=False):
+            x = first(self.with_task(obs, task))
+        for layer in others:
+            x = layer(x)
+        return x
 
     def next(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor:
         """Latent and action → predicted next latent [..., Z]. One z [..., 1, Z] may serve many actions [..., N, A]."""

@@ -124,12 +124,15 @@ class Learner:
             torch.zeros(horizon + 1, size, d.obs_dim, device=device),
             torch.zeros(horizon, size, d.action_dim, device=device),
             steps,
-            steps,
+            torch.zeros_like(steps),  # no alias: to the compiler that would be another function
             torch.zeros(size, dtype=torch.int64, device=device) if "task" in self._fields else None,
             torch.zeros(size, device=device) if "demonstrated" in self._fields else None,
         )
         noise = self.draw(horizon, size)
         self._policy_loss(self._world_model_loss(batch, noise).latents, noise, batch)
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
         for optimiser in (self._world_adam, self._policy_adam):
             optimiser.zero_grad(set_to_none=True)
 
@@ -156,6 +159,7 @@ class Learner:
     def step(self, batch: Batch, noise: UpdateNoise) -> UpdateInfo:
         """One update with these draws."""
         clip = self._settings.grad_clip_norm
+        self._forget_gradients()  # of a capture that failed half-way
         # World model.
         if self._embedding is not None:
             self._embedding.restore_gradient()

@@ -19,7 +19,7 @@ from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import PlannerSettings
 from specmpc_cli.engine.runner import Planner, Refinement, SpeculativeRunner
 from specmpc_cli.engine.world_model import WorldModel
-from specmpc_cli.errors import CheckpointError
+from specmpc_cli.errors import CheckpointError, ConfigError
 from specmpc_cli.runtime import Runtime
 from specmpc_cli.types import Actor, EnvSpec
 from specmpc_cli.workflows.store import Teacher
@@ -27,6 +27,7 @@ from specmpc_cli.workflows.ways import Mode, Way
 
 LARGE_ACTION_DIM = 20  # from here on TD-MPC2 adds iterations
 COMPILER_ERRORS = (TorchDynamoException, RuntimeError, OSError)  # what a compiler that does not work raises
+MOST_ROWS = 64  # that are prepared for where it is not known how many will act side by side
 DEFAULT_HISTORY = 8
 
 
@@ -103,45 +104,60 @@ class Workbench:
     def runner(self, way: Way) -> SpeculativeRunner:
         """The speculative runner of a way that plans."""
         network, rule = self._network(way), way.gate_rule(self.config.speculation.metric)
+        course = way.corrector.facts if way.corrector else self.config.speculation
         return SpeculativeRunner(
             self.model,
             self.planner,
             rule,
             network,
-            tail=way.corrector.facts.tail if way.corrector else self.config.speculation.tail,
+            executes=course.executes,
+            tail=course.tail,
             history=network.dims.history if network else DEFAULT_HISTORY,
             judge=judge_for(self.runtime),
             refinement=self.refinement if rule.horizon > 1 else None,  # with one step per plan it is plain replanning
         )
 
-    def warm_up(self, ways: Iterable[Way] = ()) -> str | None:
-        """Makes one plan per batch size and one step of each corrector in `ways`, which compiles what will be compiled.
+    def warm_up(self, ways: Iterable[Way] = (), rows: int = MOST_ROWS) -> str | None:
+        """Makes one plan per batch size that up to `rows` rows meet, and one step of each corrector in `ways`, which compiles what will be
+        compiled.
 
         Returns:
             What went wrong, if compiling failed on this machine; acting is eager from then on.
+
+        Raises:
+            ConfigError: the device's memory is too small.
         """
         self.warm = True
         try:
-            plan_once(self.planner, self.model, self.runtime)
+            sizes = self.planner.sizes_for(rows)
+            plan_once(self.planner, self.model, sizes)
             if self.refinement is not None:
-                plan_once(self.refinement.planner, self.model, self.runtime)
+                plan_once(self.refinement.planner, self.model, sizes)
             correctors = {way.corrector.arch: way for way in ways if way.corrector is not None and way.mode.plans}
             for way in correctors.values():
                 step_once(self.runner(way))
         except COMPILER_ERRORS as error:
-            if not self.runtime.compiled:
-                raise
+            reason = compilers_fault(error, self.runtime)
             self.runtime = replace(self.runtime, compiled=False)
             self._make_planners()
-            return f"the planner could not be compiled and runs eagerly, about half as fast: {str(error).strip().splitlines()[0]}"
+            return f"the planner could not be compiled and runs eagerly, about half as fast: {reason}"
         return None
 
 
+def compilers_fault(error: Exception, runtime: Runtime) -> str:
+    """In one line, why first calls failed that were to be compiled. Raises the error itself if the compiler cannot be the reason."""
+    if isinstance(error, torch.OutOfMemoryError):
+        raise ConfigError(f"the memory of {runtime.device} is too small for this model's plans and updates; use --device cpu") from error
+    if not runtime.compiled:
+        raise error
+    return str(error).strip().splitlines()[0]
+
+
 @torch.inference_mode()
-def plan_once(planner: Planner, model: WorldModel, runtime: Runtime) -> None:
-    """Makes one plan per batch size, which compiles what will be compiled; on CUDA as many as it takes to capture a graph."""
-    d, device = model.dims, runtime.device
-    for rows in batch_sizes_for(runtime):
+def plan_once(planner: Planner, model: WorldModel, batch_sizes: Iterable[int]) -> None:
+    """Makes one plan of each size, which compiles what will be compiled; on CUDA as many as it takes to capture a graph."""
+    d, device = model.dims, next(model.parameters()).device
+    for rows in batch_sizes:
         z = model.encode(torch.zeros(rows, d.obs_dim, device=device))
         warm_start = torch.zeros(rows, planner.settings.horizon, d.action_dim, device=device)
         index = torch.zeros(rows, dtype=torch.int64, device=device)

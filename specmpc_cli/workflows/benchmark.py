@@ -32,7 +32,7 @@ from specmpc_cli.learning.losses import Batch, LossSettings
 from specmpc_cli.learning.plain import PlainLearner, PlainModel, plain_plan
 from specmpc_cli.runtime import Runtime, Stopwatch
 from specmpc_cli.versions import versions
-from specmpc_cli.workflows.acting import COMPILER_ERRORS, make_planner
+from specmpc_cli.workflows.acting import COMPILER_ERRORS, compilers_fault, make_planner
 from specmpc_cli.workflows.store import timestamp
 
 WHAT = ("plan", "batch", "update", "step")
@@ -141,7 +141,7 @@ class Subject:
 
     @cached_property
     def _plain(self) -> PlainModel:
-        return PlainModel(self.model).requires_grad_(False).eval()
+        return PlainModel(self.model).to(self.runtime.device).requires_grad_(False).eval()
 
     @cached_property
     def _learner(self) -> Learner:
@@ -174,12 +174,11 @@ class Subject:
             for case in cases:
                 case.ours()
         except COMPILER_ERRORS as error:
-            if not self.runtime.compiled:
-                raise
+            reason = compilers_fault(error, self.runtime)
             self.runtime = replace(self.runtime, compiled=False)
             self._planner = make_planner(self.model, PlannerConfig(), self._spec, self.runtime)
             self.__dict__.pop("_learner", None)
-            problem = f"compiling failed, so our path is timed eagerly: {str(error).strip().splitlines()[0]}"
+            problem = f"compiling failed, so our path is timed eagerly: {reason}"
             return self._cases(what), problem
         return cases, None
 
@@ -206,7 +205,7 @@ class Subject:
             dtype=self.runtime.dtype,
             kernels=EAGER,
             batch_sizes=(1, rows) if rows > 1 else (1,),
-            draws=draws_for(self.runtime),
+            draws=draws_for(replace(self.runtime, compiled=False)),  # the compiler refuses to work while products are counted
         )
 
         @torch.inference_mode()

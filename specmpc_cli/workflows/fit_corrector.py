@@ -68,7 +68,8 @@ def fit(bench: Workbench, arch: str, shards: Sequence[Shard], *, seed: int, on_e
 def uncalibrated(bench: Workbench) -> CorrectorFacts:
     """Of a corrector of this teacher whose gate always corrects and never falls back."""
     speculation = bench.config.speculation
-    return CorrectorFacts(bench.teacher.sha256, GateRule(speculation.max_age, metric=speculation.metric), tail=speculation.tail)
+    gate = GateRule(speculation.max_age, metric=speculation.metric)
+    return CorrectorFacts(bench.teacher.sha256, gate, executes=speculation.executes, tail=speculation.tail)
 
 
 def as_corrector(bench: Workbench, fitted: Fitted) -> FittedCorrector:

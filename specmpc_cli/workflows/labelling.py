@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from specmpc_cli.data.tuples import Behaviour
+from specmpc_cli.engine.rows import row_by_row
 from specmpc_cli.engine.runner import Replanned, SpeculativeRunner
 from specmpc_cli.types import Decision, Rows, RunnerState, StepLog
 
@@ -60,9 +61,9 @@ class Labeller:
         else:
             warm_start = self.runner.warm_start(state.runner, first)
         planner = self.runner.planner
-        fresh = self.runner.replan(planner, seen.z, warm_start, state.runner)
+        fresh = planner(seen.z, warm_start, state.runner.stream, state.runner.step)
         rows = torch.nonzero(seen.decision == Decision.REPLAN).squeeze(1)
-        adopted = Replanned(rows, fresh.take(rows), planner.settings.iterations)
+        adopted = Replanned(rows, self.runner.adopt(fresh.take(rows)), planner.settings.iterations)
         action, after, log = self.runner.execute(seen, state.runner, [adopted])
         if self.behaviour is Behaviour.TEACHER:
             action = fresh.actions[:, 0]
@@ -118,6 +119,6 @@ class Auditor:
         if len(rows):
             seen = state.take(rows)
             warm_start = self.runner.warm_start(seen, first[rows])
-            fresh = self.runner.planner(self.runner.model.encode(obs[rows]), warm_start, seen.stream, seen.step)
+            fresh = self.runner.planner(row_by_row(self.runner.model.encode, obs[rows]), warm_start, seen.stream, seen.step)
             error[rows] = (action[rows] - fresh.mean[:, 0]).square().mean(-1)
         return action, after, AuditedLog(**vars(log), audited=audited, error=error)

@@ -30,7 +30,7 @@ from specmpc_cli.learning.losses import Batch, LossSettings
 from specmpc_cli.runtime import Purpose, Runtime
 from specmpc_cli.types import Actor, EnvSpec
 from specmpc_cli.versions import versions
-from specmpc_cli.workflows.acting import COMPILER_ERRORS, make_planner, plan_once
+from specmpc_cli.workflows.acting import COMPILER_ERRORS, compilers_fault, make_planner, plan_once
 from specmpc_cli.workflows.plots import plot_training
 from specmpc_cli.workflows.rollout import Episode, Transition, rollout
 from specmpc_cli.workflows.store import Store, timestamp
@@ -117,16 +117,15 @@ class Trainer:
             What went wrong, if compiling failed on this machine; everything is eager from then on.
         """
         try:
-            for planner in (self._acting, self._planning):
-                plan_once(planner, self.model, self.runtime)
+            for planner, rows in ((self._acting, self.facts.num_envs), (self._planning, self.config.train.eval_episodes)):
+                plan_once(planner, self.model, planner.sizes_for(rows))
             self.learner.rehearse(self.config.train.batch_size, self.config.train.horizon)
         except COMPILER_ERRORS as error:
-            if not self.runtime.compiled:
-                raise
+            reason = compilers_fault(error, self.runtime)
             self.runtime = replace(self.runtime, compiled=False)
             self._make_planners()
             self.learner.compute_eagerly()
-            return f"compiling failed, so training runs eagerly, at half the speed: {str(error).strip().splitlines()[0]}"
+            return f"compiling failed, so training runs eagerly, at half the speed: {reason}"
         return None
 
     # Running

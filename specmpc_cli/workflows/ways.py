@@ -147,11 +147,18 @@ def adaptive_way(corrector: FittedCorrector, config: Config, accept_below: float
     return Way(Mode.ADAPTIVE, rule.horizon, corrector, with_thresholds(rule, accept_below, replan_above))
 
 
-def other_tail(way: Way, config: Config) -> str | None:
-    """What to tell the user if this way's corrector brings another tail than the settings have."""
-    if way.corrector is None or not way.mode.plans or (tail := way.corrector.facts.tail) == config.speculation.tail:
+def own_settings(way: Way, config: Config) -> str | None:
+    """What to tell the user if this way's corrector brings other settings of speculation than those in force."""
+    if way.corrector is None or not way.mode.plans:
         return None
-    return f"the {way.corrector.arch} corrector brings speculation.tail={tail}; {config.speculation.tail} is for the ways without one"
+    facts = way.corrector.facts
+    own = {"executes": facts.executes, "tail": facts.tail, "metric": facts.gate.metric}
+    others = {name: value for name, value in own.items() if value != getattr(config.speculation, name)}
+    if not others:
+        return None
+    brought = " and ".join(f"speculation.{name}={value}" for name, value in others.items())
+    here = " and ".join(getattr(config.speculation, name) for name in others)
+    return f"the {way.corrector.arch} corrector brings {brought}; {here} is for the ways without one"
 
 
 def broken_promise(way: Way, config: Config) -> str | None:
@@ -167,7 +174,7 @@ def broken_promise(way: Way, config: Config) -> str | None:
 
 
 def _binding(settings: dict[str, Any]) -> dict[str, Any]:
-    """Of settings that decide how a teacher acts, those that a promise depends on: a corrector brings its own tail and metric."""
+    """Of settings that decide how a teacher acts, those that a promise depends on: a corrector brings most of `speculation`."""
     return {**settings, "speculation": {"max_age": settings["speculation"]["max_age"]}}
 
 

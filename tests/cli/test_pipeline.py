@@ -117,14 +117,17 @@ def test_data_of_other_planner_settings_can_be_fitted_with_the_teachers_defaults
     assert result.code == 0 and result.document["label_noise"] > 0
 
 
-def test_a_corrector_keeps_the_tail_that_it_was_fitted_with(with_teacher: Command) -> None:
+def test_a_corrector_keeps_the_plans_that_it_was_fitted_with(with_teacher: Command) -> None:
     with_teacher("collect", "--episodes", "2")
-    fitted = with_teacher("fit-corrector", "--arch", "two-tower", "--set", "speculation.tail=hold")
-    assert "the data's plans go on with speculation.tail=policy, this corrector's with hold" in fitted.err
+    other = ("--set", "speculation.tail=hold", "--set", "speculation.executes=mean")
+    fitted = with_teacher("fit-corrector", "--arch", "two-tower", *other)
+    assert "the data's plans have speculation.tail=policy, this corrector's hold" in fitted.err
+    assert "the data's plans have speculation.executes=drawn, this corrector's mean" in fitted.err
     acts = ("eval", "--mode", "corrected", "--horizon", "6", "--episodes", "2", "--json")
-    unset, held = with_teacher(*acts), with_teacher(*acts, "--set", "speculation.tail=hold")
-    assert "two-tower corrector brings speculation.tail=hold; policy is for" in unset.err and "brings" not in held.err
-    assert unset.document["rows"][0]["episodes"] == held.document["rows"][0]["episodes"]
+    unset, as_fitted = with_teacher(*acts), with_teacher(*acts, *other)
+    assert "brings speculation.executes=mean and speculation.tail=hold; drawn and policy is for" in unset.err
+    assert "brings" not in as_fitted.err
+    assert unset.document["rows"][0]["episodes"] == as_fitted.document["rows"][0]["episodes"]
 
 
 def test_the_metric_is_the_one_that_was_set(with_teacher: Command) -> None:

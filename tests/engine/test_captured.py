@@ -37,6 +37,8 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> tuple[CapturedCall, list[str]]:
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the caller's")
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: events.append(f"stream is {stream}"))
     call = CapturedCall(work, enabled=True)
     return call, events
 
@@ -73,7 +75,19 @@ def test_what_cannot_be_captured_is_called_for_good(captured: tuple[CapturedCall
     monkeypatch.setattr(torch.cuda, "graph", failing)
     with pytest.warns(UserWarning, match="not captured in a CUDA graph"):
         results = [float(call(*inputs(number)).total) for number in range(5)]
-    assert results == [3 * number + 3 for number in range(5)] and events == ["capture"]
+    assert results == [3 * number + 3 for number in range(5)] and events == ["capture", "stream is the caller's"]
+
+
+def test_compiled_code_meets_the_tensors_of_the_capture_before_it(captured: tuple[CapturedCall, list[str]]) -> None:
+    """Else it would be compiled again while capturing, which CUDA forbids."""
+    call, _ = captured
+    seen = []
+    call._fn = lambda *given: (seen.append([(value.data_ptr(), value.is_inference()) for value in given]), work(*given))[1]
+    for number in range(EAGER_CALLS + 1):
+        with torch.inference_mode(number != 1):
+            call(*inputs(number))
+    assert len(seen) == EAGER_CALLS + 1 and all(given == seen[0] for given in seen)
+    assert not any(inference for _, inference in seen[0])
 
 
 def test_off_cuda_it_only_calls() -> None:

@@ -8,6 +8,7 @@ import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,9 +60,10 @@ def test_correctors_of_before_there_was_a_calibration_are_uncalibrated(tmp_path:
     assert facts == CorrectorFacts("abc", GateRule(20)) and not facts.calibrated
 
 
-def test_a_corrector_whose_plans_go_on_in_an_unknown_way_is_refused(tmp_path: Path) -> None:
-    save_corrector(build_corrector("two-tower", CorrectorDims(16, 2, 32, 4)), tmp_path / "c.safetensors", replace(FACTS, tail="spin"))  # type: ignore[arg-type]
-    with pytest.raises(CheckpointError, match="go on with 'spin'"):
+@pytest.mark.parametrize("odd", [{"tail": "spin"}, {"executes": "spin"}])
+def test_a_corrector_whose_plans_run_in_an_unknown_way_is_refused(odd: dict[str, Any], tmp_path: Path) -> None:
+    save_corrector(build_corrector("two-tower", CorrectorDims(16, 2, 32, 4)), tmp_path / "c.safetensors", replace(FACTS, **odd))
+    with pytest.raises(CheckpointError, match="'spin' is none of"):
         load_corrector(tmp_path / "c.safetensors")
 
 

@@ -111,6 +111,14 @@ def test_auto_takes_bf16_only_where_the_hardware_multiplies_it(monkeypatch: pyte
     assert chosen.dtype == torch.bfloat16 and "emulated" in chosen.notes[0]
 
 
+def test_gpus_without_bf16_products_take_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for supported, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, supported=supported: supported)
+        assert runtime.choose_runtime("cuda", "auto").dtype_name == expected
+    assert "this CUDA has no bf16" in runtime.choose_runtime("cuda", "bf16").notes[0]
+
+
 @pytest.mark.parametrize("options", [("gpu", "auto"), ("cuda:99", "auto"), ("meta", "auto"), ("cpu", "fp16")])
 def test_unknown_devices_and_dtypes_are_refused(options: tuple[str, str]) -> None:
     with pytest.raises(ConfigError):

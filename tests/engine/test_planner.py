@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -146,6 +147,22 @@ def test_batched_planning_gives_each_row_the_plan_it_gets_alone(num_q: int) -> N
     torch.testing.assert_close(one_by_one.latents, batched.latents, rtol=0, atol=1e-5)
     alone = BatchedPlanner(model, SMALL)(z[3:4], warm[3:4], streams[3:4], steps[3:4])
     assert torch.equal(alone.actions[0], one_by_one.actions[3])
+
+
+def test_batches_are_filled_up_where_little_is_wasted() -> None:
+    planner = BatchedPlanner(make_model(), SMALL, batch_sizes=(1, 4, 16))
+    met = {rows: [] for rows in (1, 2, 3, 5, 8, 10, 20)}
+
+    def counting(size: int, call: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+        return lambda *given: (calls.append(size), call(*given))[1]
+
+    planner._calls = {size: counting(size, call) for size, call in planner._calls.items()}  # type: ignore[misc]
+    for rows in met:
+        calls = met[rows]
+        z, warm = torch.randn(rows, 16), torch.zeros(rows, 3, 2)
+        assert planner(z, warm, *keys(rows)).value.shape == (rows,)
+    assert met == {1: [1], 2: [4], 3: [4], 5: [4, 1], 8: [16], 10: [16], 20: [16, 4]}
+    assert planner.sizes_for(1) == [1] and planner.sizes_for(7) == [1, 4] and planner.sizes_for(8) == [1, 4, 16]
 
 
 def test_a_refining_planner_shares_the_networks_and_leaves_the_first_as_it_was() -> None:

@@ -19,10 +19,10 @@ from tests.fakes import CountingModel, ScriptedPlanner
 STEPS = 5
 
 
-def two_steps_per_plan(refinement: Refinement | None = None) -> tuple[SpeculativeRunner, ScriptedPlanner]:
+def two_steps_per_plan(**options: Any) -> tuple[SpeculativeRunner, ScriptedPlanner]:
     model = CountingModel()
     planner = ScriptedPlanner(model)
-    return SpeculativeRunner(model, planner, GateRule(2, accept_below=math.inf), refinement=refinement), planner  # type: ignore[arg-type]
+    return SpeculativeRunner(model, planner, GateRule(2, accept_below=math.inf), **options), planner  # type: ignore[arg-type]
 
 
 def drive(actor: Actor[Any]) -> tuple[list[float], list[Any]]:
@@ -47,10 +47,20 @@ def test_a_label_is_a_fresh_plan_around_the_executed_one_and_where_that_is_used_
     assert [log.warm_start.flatten().tolist() for log in logs] == [pytest.approx(warm_start) for warm_start in warm_starts]
 
 
+@pytest.mark.parametrize("behaviour", [Behaviour.NAIVE, Behaviour.TEACHER])
+def test_the_drawn_action_is_recorded_and_is_the_teachers_whatever_plans_execute(behaviour: Behaviour) -> None:
+    runner, _ = two_steps_per_plan(executes="mean")
+    actions, logs = drive(Labeller(runner, behaviour))
+    assert [float(log.a_plan) for log in logs[1:]] == pytest.approx([0.011, 0.012, 0.031, 0.032])
+    assert [float(log.a_teacher) for log in logs] == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05])
+    expected = [0.01, 0.02, 0.03, 0.04, 0.05] if behaviour is Behaviour.TEACHER else [0.01, 0.011, 0.03, 0.031, 0.05]
+    assert actions == pytest.approx(expected)
+
+
 def test_labels_search_anew_where_acting_would_refine() -> None:
     model = CountingModel()
     cheap = ScriptedPlanner(model, PlannerSettings(discount=0.99, horizon=3, iterations=1))
-    runner, _ = two_steps_per_plan(Refinement(cheap))  # type: ignore[arg-type]
+    runner, _ = two_steps_per_plan(refinement=Refinement(cheap))  # type: ignore[arg-type]
     _, logs = drive(Labeller(runner, Behaviour.NAIVE))
     assert [int(log.planner_iterations) for log in logs] == [6, 0, 6, 0, 6] and cheap.calls == []
 

@@ -39,6 +39,6 @@ def test_a_promise_holds_for_the_planner_and_the_refinement_that_it_was_checked_
     assert broken_promise(way, SMALL) is None
     for other in ({"planner": PlannerConfig()}, {"speculation": SpeculationConfig(max_age=7)}, {"refine": RefineConfig(iterations=1)}):
         assert "no promise holds here" in (broken_promise(way, SMALL.model_copy(update=other)) or "")
-    ours = {"speculation": SpeculationConfig(tail="hold", metric="l1")}  # the corrector brings its own
+    ours = {"speculation": SpeculationConfig(tail="hold", executes="mean", metric="l1")}  # the corrector brings its own
     assert broken_promise(way, SMALL.model_copy(update=ours)) is None
     assert broken_promise(Way(Mode.CORRECTED, 6, corrector(calibrated=True)), Config()) is None
