@@ -112,7 +112,7 @@ def _choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
-    if chosen.type not in ("cpu", "cuda"):
+    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cpu" and chosen.index is not None):
         raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N, got {device!r}")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")

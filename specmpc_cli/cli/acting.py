@@ -104,7 +104,7 @@ def compare(
     from specmpc_cli.workflows.ways import check_archs
 
     out = output_for(common)
-    requirements = parse_requirements(require) if require else []
+    requirements = [] if require is None else parse_requirements(require)
     steps = parse_horizons(horizons)
     archs = check_archs(arch) if arch else None
     if report_page:

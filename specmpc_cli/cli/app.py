@@ -17,6 +17,15 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # Typer exports 
 class _Group(TyperGroup):
     """Turns errors that a user can mend into one red line and an exit code."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except _UsageError as error:
+            if not args:  # which is answered with the help
+                raise
+            print_error(f"{error.format_message().rstrip('.')}; options follow the command (see 'specmpc --help')")  # type: ignore[attr-defined]
+            raise typer.Exit(2) from None
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)

@@ -36,14 +36,19 @@ class DatasetFacts:
     runner: Mapping[str, Any]
 
     def attributes(self) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA_VERSION,
-            "task": self.task,
-            "teacher_sha256": self.teacher_sha256,
-            "planner": json.dumps(dict(self.planner), sort_keys=True),
-            "runner": json.dumps(dict(self.runner), sort_keys=True),
-            "behaviours": [behaviour.name.lower() for behaviour in Behaviour],
-        }
+        return _common_attributes(self.task, self.teacher_sha256, self.planner, self.runner)
+
+
+def _common_attributes(task: str, teacher_sha256: str, planner: Mapping[str, Any], runner: Mapping[str, Any]) -> dict[str, Any]:
+    """What shards and index say of the dataset."""
+    return {
+        "schema": SCHEMA_VERSION,
+        "task": task,
+        "teacher_sha256": teacher_sha256,
+        "planner": json.dumps(dict(planner), sort_keys=True),
+        "runner": json.dumps(dict(runner), sort_keys=True),
+        "behaviours": [behaviour.name.lower() for behaviour in Behaviour],
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +156,9 @@ def write_index(folder: Path, shards: Sequence[Shard], dims: TupleDims) -> Path:
                 layout[start : start + shard.rows] = h5py.VirtualSource(shard.path.name, name, shape=(shard.rows, *shape))
                 start += shard.rows
             index.create_virtual_dataset(name, layout)
-        index.attrs["schema"] = SCHEMA_VERSION
-        index.attrs["task"], index.attrs["teacher_sha256"] = shards[0].task, shards[0].teacher_sha256
+        first = shards[0]
+        index.attrs.update(_common_attributes(first.task, first.teacher_sha256, first.planner, first.runner))
         index.attrs["shards"] = [shard.path.name for shard in shards]
         index.attrs["rows"] = [shard.rows for shard in shards]
+        index.attrs["seed"] = [shard.key[0] for shard in shards]
     return path

@@ -21,7 +21,7 @@ from specmpc_cli.workflows.store import timestamp
 from specmpc_cli.workflows.ways import Mode, Way
 
 REPORT_SCHEMA = 1
-LATENCY_STEPS, LATENCY_WARM_UP = 60, 6  # env steps timed per way, and steps before them that are not
+LATENCY_STEPS, LATENCY_WARM_UP = 60, 6  # env steps timed per way at least, and steps before them that are not
 
 Report = dict[str, Any]
 Row = dict[str, Any]
@@ -45,18 +45,20 @@ def evaluate(
 
 
 def measure_latency(bench: Workbench, way: Way, envs: VectorEnv, seed: int) -> np.ndarray:
-    """Milliseconds from observation to action [steps], one environment at a time, warm-up left out."""
-    times: list[float] = []
-    rollout(
-        bench.actor(way),
-        VectorEnv(envs.envs[:1]),
-        [Episode(Purpose.TUNE, seed, 0)],
-        device=bench.runtime.device,
-        max_steps=LATENCY_WARM_UP + LATENCY_STEPS,
-        on_latency=times.append,
-    )
-    # An episode shorter than the warm-up keeps its second half.
-    return np.array(times[min(LATENCY_WARM_UP, len(times) // 2) :])
+    """Milliseconds from observation to action [steps], one environment at a time, after a warm-up that is not timed.
+
+    From an episode's first step on, and over whole plans, so that planner calls have the share among the steps that they have in use.
+    """
+    plan_steps = way.horizon or 1
+
+    def first_steps(count: int) -> list[float]:
+        times: list[float] = []
+        alone, episode = VectorEnv(envs.envs[:1]), Episode(Purpose.TUNE, seed, 0)
+        rollout(bench.actor(way), alone, [episode], device=bench.runtime.device, max_steps=count, on_latency=times.append)
+        return times
+
+    first_steps(LATENCY_WARM_UP)
+    return np.array(first_steps(math.ceil(LATENCY_STEPS / plan_steps) * plan_steps))
 
 
 def scores_of(stats: Sequence[EpisodeStats], use_success: bool) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from specmpc_cli.engine.correctors import CORRECTORS, BaseCorrector
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.envs.registry import lookup
-from specmpc_cli.errors import CheckpointError, DatasetError, StoreError
+from specmpc_cli.errors import CheckpointError, ConfigError, DatasetError, StoreError
 from specmpc_cli.files import make_folder, write_whole
 
 DEFAULT_TASK = "walker-walk"
@@ -68,7 +69,10 @@ class Store:
     """One task's part of a store folder."""
 
     def __init__(self, root: Path, task: str | None = None, name: str = "main") -> None:
-        """`task` None takes the one used last in this store, else walker-walk. Raises UnknownTask."""
+        """`task` None takes the one used last in this store, else walker-walk. Raises UnknownTask, and ConfigError for a name that is no
+        folder's."""
+        if re.fullmatch(r"[\w-][\w.-]*", name) is None:
+            raise ConfigError(f"--name takes letters, digits, '_', '-' and '.', and does not begin with '.'; got {name!r}")
         self.root = root
         self.task = task or self._last_task() or DEFAULT_TASK
         lookup(self.task)

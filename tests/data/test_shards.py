@@ -49,7 +49,11 @@ def test_the_index_shows_all_shards_as_one(tmp_path: Path) -> None:
     with h5py.File(moved / INDEX) as index:
         assert index["z"].shape == (7, 4)
         assert index["z"][:, 0].tolist() == [0] * 3 + [1] * 4
-        assert list(index.attrs["rows"]) == [3, 4]
+        assert list(index.attrs["rows"]) == [3, 4] and list(index.attrs["seed"]) == [0, 0]
+        with h5py.File(moved / index.attrs["shards"][0]) as shard:
+            for name in ("schema", "task", "teacher_sha256", "planner", "runner"):
+                assert index.attrs[name] == shard.attrs[name]
+            assert list(index.attrs["behaviours"]) == list(shard.attrs["behaviours"])
 
 
 def test_a_crash_while_writing_leaves_the_earlier_shards_and_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from specmpc_cli.engine.gate import GateRule
-from specmpc_cli.runtime import Purpose
+from specmpc_cli.engine.runner import SpeculativeRunner
+from specmpc_cli.runtime import Purpose, choose_runtime
 from specmpc_cli.types import Decision, ReplanReason
 from specmpc_cli.workflows.compare import REQUIRABLE, Requirement, parse_requirements
-from specmpc_cli.workflows.evaluate import make_row
+from specmpc_cli.workflows.evaluate import make_row, measure_latency
 from specmpc_cli.workflows.plots import pareto_front
 from specmpc_cli.workflows.rollout import Episode, EpisodeStats
 from specmpc_cli.workflows.ways import Mode, Way
+from tests.fakes import CountingModel, ScriptedPlanner, counting_envs
 
 GATE = GateRule(4, accept_below=math.inf)
 LATENCY = np.arange(1.0, 101.0)
@@ -66,6 +70,20 @@ def test_tasks_with_success_are_compared_by_success() -> None:
     row = make_row(Way(Mode.NAIVE, 4), EPISODES, BASELINE, LATENCY, use_success=True, gate=GATE)
     assert (row["success_rate"], row["return_vs_baseline"]) == (0.5, 0.5)
     assert [line["success"] for line in row["episodes"]] == [False, True]
+
+
+@pytest.mark.parametrize(("horizon", "steps", "plans"), [(1, 60, 60), (7, 63, 9), (12, 60, 5), (100, 100, 1)])
+def test_latency_is_of_whole_plans_each_with_its_planner_call(horizon: int, steps: int, plans: int) -> None:
+    model = CountingModel()
+    planners = []
+
+    def actor(way: Way) -> SpeculativeRunner:
+        planners.append(ScriptedPlanner(model))
+        return SpeculativeRunner(model, planners[-1], GateRule(horizon, accept_below=math.inf))  # type: ignore[arg-type]
+
+    bench: Any = SimpleNamespace(actor=actor, runtime=choose_runtime("cpu", "fp32"))
+    assert len(measure_latency(bench, Way(Mode.NAIVE, horizon), counting_envs(2, decisions=300), seed=0)) == steps
+    assert len(planners) == 2 and len(planners[1].calls) == plans
 
 
 def test_requirements() -> None:
