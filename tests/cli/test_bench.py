@@ -17,7 +17,7 @@ ROW = {"what", "size", "batch", "ours_ms", "plain_ms", "ratio", "floor_ms", "gfl
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODEL_SIZES, 1, {"enc_dim": 8, "num_enc_layers": 2, "mlp_dim": 8, "latent_dim": 8, "num_q": 2})
     monkeypatch.setattr("specmpc_cli.workflows.benchmark._SECONDS", 0.0)
-    monkeypatch.setattr("specmpc_cli.workflows.benchmark.PEAK_SIZE", {"cpu": 64})
+    monkeypatch.setattr("specmpc_cli.workflows.benchmark.PEAK_SIZE", {"cpu": 64, "cuda": 256})
 
 
 def test_each_row_pairs_both_paths_and_counts_the_products() -> None:
@@ -46,6 +46,14 @@ def test_the_count_of_products_is_the_planners(monkeypatch: pytest.MonkeyPatch) 
     policy = 2 * prior * (horizon * (z * h + h * h + h * 2 * a) + (horizon - 1) * (hidden + h * z))
     rollout = 2 * horizon * (hidden + h * z) + 2 * (24 * h + h * z)
     assert report["rows"][0]["gflop"] * 1e9 == pytest.approx(6 * per_iteration + policy + rollout, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("error:not captured")
+def test_a_gpu_is_timed_with_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECMPC_COMPILE", "1")
+    report = benchmark(choose_runtime("cuda", "bf16"), [1], seconds=0.0)
+    assert [row["what"] for row in report["rows"]] == list(WHAT) and all(row["compiled"] for row in report["rows"])
 
 
 def test_the_command_prints_a_table_or_one_document(command: Command) -> None:

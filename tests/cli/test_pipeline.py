@@ -328,3 +328,12 @@ def test_numbers_are_finite_or_null(pipeline: Command) -> None:
             assert math.isfinite(value)
 
     walk(pipeline("compare", "--episodes", "2", "--json").document)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("error:not captured")
+def test_a_gpu_goes_all_the_way(with_teacher: Command) -> None:
+    cuda = ("--device", "cuda")
+    for arguments in (("collect", "--episodes", "2"), ("fit-corrector",), ("compare", "--episodes", "3", "--horizons", "3")):
+        result = with_teacher(*arguments, *cuda)
+        assert result.code == 0, result.err

@@ -129,6 +129,18 @@ def test_bf16_updates_stay_near_fp32_ones() -> None:
     assert float(found.total_loss) != float(expected.total_loss)
 
 
+def test_observations_enter_training_in_full_precision() -> None:
+    """10.03 and 10.06 are one number in bf16."""
+    model = make_model()
+    obs = 10 + 0.03 * torch.arange(3.0).unsqueeze(1).expand(-1, 4)
+    exact, met = model.encoder[0](obs), []
+    model.encoder[0].register_forward_hook(lambda layer, given, result: met.append(result))
+    with torch.autocast("cpu", torch.bfloat16):
+        model.encode(obs)
+        rounded = model.encoder[0](obs)
+    assert torch.equal(met[0], exact) and not torch.equal(exact[0], exact[1]) and torch.equal(rounded[0], rounded[1])
+
+
 def test_dropout_masks_have_the_share_and_the_scale() -> None:
     torch.manual_seed(0)
     masks = torch.stack([mask for _ in range(50) if (mask := dropout_mask((2, 100, 30), 0.1, CPU)) is not None])
@@ -162,6 +174,8 @@ def test_compiled_updates_agree_with_eager_ones() -> None:
         Learner(make_model(num_q=3), LossSettings(0.97), LearnerSettings(), replace(runtime, compiled=value), seed=0)
         for value in (False, True)
     )
+    compiled.rehearse(SIZE, HORIZON)
+    compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for number in range(3):
         expected, found = eager.update(make_batch(number)), compiled.update(make_batch(number))
         for name, value in expected._asdict().items():
@@ -169,6 +183,7 @@ def test_compiled_updates_agree_with_eager_ones() -> None:
     expected, found = eager.state_dict(), compiled.state_dict()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-4, msg=name)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations, "the rehearsal compiled something else"
 
 
 TASKS = torch.arange(SIZE) % 3
