@@ -24,7 +24,7 @@ from torch import Tensor
 from specmpc_cli.engine import layers
 from specmpc_cli.envs.registry import lookup
 from specmpc_cli.envs.vector import VectorEnv
-from specmpc_cli.runtime import Purpose, choose_runtime
+from specmpc_cli.runtime import Purpose, choose_runtime, multiplies_bf16
 from specmpc_cli.workflows.acting import Workbench
 from specmpc_cli.workflows.evaluate import calls_saved, episodes_of, evaluate, scores_of
 from specmpc_cli.workflows.statistics import ratio, ratio_ci95
@@ -82,7 +82,7 @@ def main() -> None:
     options = parser.parse_args()
 
     precisions = {name: choose_runtime("auto", name) for name in ("fp32", "bf16")}
-    emulated = bool(precisions["bf16"].notes)
+    emulated = not multiplies_bf16(precisions["bf16"].device)
     if emulated:
         emulate_bf16()
     spec = lookup(options.task).spec

@@ -84,14 +84,15 @@ def choose_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
     """
     notes = []
     chosen = _choose_device(device)
-    fast_bf16 = _multiplies_bf16(chosen)
+    fast_bf16 = multiplies_bf16(chosen)
     match dtype:
         case "auto":
             resolved = torch.bfloat16 if fast_bf16 else torch.float32
         case "bf16":
             resolved = torch.bfloat16
             if not fast_bf16:
-                notes.append(f"this {chosen.type.upper()} has no bf16 instructions: --dtype bf16 is emulated here and slower than fp32")
+                what = "GPU" if chosen.type == "cuda" else "CPU"
+                notes.append(f"this {what} has no bf16 instructions: --dtype bf16 is emulated here and slower than fp32")
         case "fp32":
             resolved = torch.float32
         case _:
@@ -121,7 +122,7 @@ def _choose_device(device: str) -> torch.device:
     return chosen
 
 
-def _multiplies_bf16(device: torch.device) -> bool:
+def multiplies_bf16(device: torch.device) -> bool:
     """Whether this device has instructions for products of bf16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor
 
-Executes = Literal["mean", "drawn"]  # of a plan: the elites' weighted mean, or the elite that the planner drew
+Executes = Literal["drawn", "mean"]  # of a plan: the elite that the planner drew, or the elites' weighted mean
 Tail = Literal["policy", "hold"]  # how a plan goes on beyond the planner's horizon
 
 

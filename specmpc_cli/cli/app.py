@@ -18,12 +18,15 @@ class _Group(TyperGroup):
     """Turns errors that a user can mend into one red line and an exit code."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)
         try:
             return super().parse_args(ctx, args)
         except _UsageError as error:
-            if not args:  # which is answered with the help
+            if not given:  # which is answered with the help
                 raise
-            print_error(f"{error.format_message().rstrip('.')}; options follow the command (see 'specmpc --help')")  # type: ignore[attr-defined]
+            message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+            hint = "; options follow the command" if message.startswith("No such option") else ""
+            print_error(f"{message}{hint} (see 'specmpc --help')")
             raise typer.Exit(2) from None
 
     def invoke(self, ctx: Any) -> Any:

@@ -105,7 +105,7 @@ def fit_corrector(
     from specmpc_cli.cli.tables import fit_table
     from specmpc_cli.engine.correctors import DEFAULT_ARCHS
     from specmpc_cli.workflows.calibrate import FEWEST_EPISODES, check_promise
-    from specmpc_cli.workflows.fit_corrector import as_corrector, fit, measure_label_noise, save
+    from specmpc_cli.workflows.fit_corrector import NOISE_SAMPLE, as_corrector, fit, measure_label_noise, save
     from specmpc_cli.workflows.ways import DEFAULT_HORIZON, Mode, Way, check_archs
 
     out = output_for(common)
@@ -123,8 +123,9 @@ def fit_corrector(
     shards = store.newest_dataset(bench.teacher)
     folder = shards[0].path.parent
     out.note(f"data: {folder} ({sum(shard.rows for shard in shards)} rows from {len(shards)} episodes)")
-    for name, of_data in shards[0].runner.items():
-        if name in ("executes", "tail") and of_data != (ours := getattr(bench.config.speculation, name)):
+    for name, unnamed in (("executes", "drawn"), ("tail", "policy")):  # older data name neither
+        ours, of_data = getattr(bench.config.speculation, name), shards[0].runner.get(name, unnamed)
+        if ours != of_data:
             out.note(f"note: the data's plans have speculation.{name}={of_data}, this corrector's {ours}")
     fitted = []
     with out.progress() as progress:
@@ -137,7 +138,7 @@ def fit_corrector(
             fitted.append(fit(bench, name, shards, seed=common.seed, on_epoch=show))
             progress.stop_task(bar)
     ways = [Way(Mode.CORRECTED, DEFAULT_HORIZON, as_corrector(bench, one)) for one in fitted]
-    prepare_acting(out, bench, ways, envs_for(promise_over))
+    prepare_acting(out, bench, ways, max(envs_for(promise_over), NOISE_SAMPLE))
     noise = measure_label_noise(bench, shards, seed=common.seed)
     folders = [save(store, bench, network, noise) for network in fitted]
     out.table(fit_table(fitted, noise))

@@ -72,7 +72,7 @@ class BatchedPlanner:
             size = self._size_for(total - done)
             rows = torch.arange(done, done + size, device=z.device).clamp(max=total - 1)
             made = Plan(*self._calls[size](z[rows], warm_start[rows], streams[rows], steps[rows]))
-            parts.append(made if done + size <= total else made.take(rows[: total - done] - done))
+            parts.append(made if done + size <= total else made.take(torch.arange(total - done, device=z.device)))
             done += size
         return parts[0].concatenate(*parts[1:])
 

@@ -59,7 +59,7 @@ class CorrectorFacts:
 
     teacher_sha256: str  # of the teacher it was distilled from
     gate: GateRule  # its horizon: the env steps that an adaptive plan lives at most
-    promised_with: dict[str, Any] | None = None  # settings of planner and speculation that the gate's promise was checked with
+    promised_with: dict[str, Any] | None = None  # settings of acting that the gate's promise was checked with
     tail: Tail = "policy"  # of the plans that it corrects
     executes: Executes = "drawn"  # what those plans execute
 

@@ -64,7 +64,8 @@ class NormedLinear(Linear):
             return self.activation(self.ln(super().forward(x)))
         dtype, width = self.weight.dtype, shared.shape[-1]
         of_shared, of_own = self.weight[:, :width], self.weight[:, width:]
-        if dtype is torch.bfloat16:  # oneDNN's bf16 products take no row stride, and copy such weights transposed, at five times the cost
+        if dtype is torch.bfloat16 and x.device.type == "cpu":
+            # oneDNN's bf16 products take no row stride: they would copy such weights transposed, at five times the cost.
             of_shared, of_own = of_shared.contiguous(), of_own.contiguous()
         common = F.linear(shared.to(dtype), of_shared, self.bias).float()
         own = F.linear(x.to(dtype), of_own).float()
@@ -108,7 +109,7 @@ class LinearEnsemble(nn.Module):
             y = F.linear(x[0], self.weight.flatten(0, 1), self.bias.flatten()).float()  # [N, E·out]
             return y.unflatten(1, self.bias.shape).transpose(0, 1)
         weight, bias = (self.weight, self.bias) if head is None else (self.weight[head], self.bias[head])
-        if len(weight) == 1:  # as a batched product, compiled, oneDNN would copy the head's weights transposed in bf16
+        if len(weight) == 1 and weight.dtype is torch.bfloat16:  # as a batched product, compiled, oneDNN would copy it transposed
             return F.linear(x[0], weight[0], bias[0]).float().unsqueeze(0)
         return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2)).float()
 

@@ -206,6 +206,5 @@ def label_noise(planner: Planner, z: Tensor, warm_start: Tensor, label: Tensor, 
         z, warm_start, label: of the states to plan again, [n, Z], [n, H, A], [n, A].
     """
     streams = torch.full((len(z),), 2**62 + seed, dtype=torch.int64, device=z.device)  # no episode's stream: those are hashes
-    # Copies, because the compiler tells tensors made outside inference mode from those made inside.
-    again = planner(z.clone(), warm_start.clone(), streams, torch.arange(len(z), device=z.device))
+    again = planner(z, warm_start, streams, torch.arange(len(z), device=z.device))
     return float((again.mean[:, 0] - label).square().mean())

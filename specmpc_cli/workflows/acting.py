@@ -27,7 +27,6 @@ from specmpc_cli.workflows.ways import Mode, Way
 
 LARGE_ACTION_DIM = 20  # from here on TD-MPC2 adds iterations
 COMPILER_ERRORS = (TorchDynamoException, RuntimeError, OSError)  # what a compiler that does not work raises
-MOST_ROWS = 64  # that are prepared for where it is not known how many will act side by side
 DEFAULT_HISTORY = 8
 
 
@@ -117,7 +116,7 @@ class Workbench:
             refinement=self.refinement if rule.horizon > 1 else None,  # with one step per plan it is plain replanning
         )
 
-    def warm_up(self, ways: Iterable[Way] = (), rows: int = MOST_ROWS) -> str | None:
+    def warm_up(self, ways: Iterable[Way], rows: int) -> str | None:
         """Makes one plan per batch size that up to `rows` rows meet, and one step of each corrector in `ways`, which compiles what will be
         compiled.
 
@@ -147,7 +146,9 @@ class Workbench:
 def compilers_fault(error: Exception, runtime: Runtime) -> str:
     """In one line, why first calls failed that were to be compiled. Raises the error itself if the compiler cannot be the reason."""
     if isinstance(error, torch.OutOfMemoryError):
-        raise ConfigError(f"the memory of {runtime.device} is too small for this model's plans and updates; use --device cpu") from error
+        raise ConfigError(
+            f"the memory of {runtime.device} is too small for this model and batch; take a smaller one, or --device cpu"
+        ) from error
     if not runtime.compiled:
         raise error
     return str(error).strip().splitlines()[0]

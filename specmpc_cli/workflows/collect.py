@@ -73,7 +73,9 @@ def dataset_facts(bench: Workbench) -> DatasetFacts:
 
 def dataset_name(facts: DatasetFacts) -> str:
     """<teacher>-<settings>: data of other teachers or settings never mixes."""
-    settings = json.dumps([facts.planner, facts.runner], sort_keys=True)
+    # Data of before `executes` was a setting are of drawn plans, and must be found.
+    runner = {name: value for name, value in facts.runner.items() if (name, value) != ("executes", "drawn")}
+    settings = json.dumps([facts.planner, runner], sort_keys=True)
     return f"{facts.teacher_sha256[:8]}-{hashlib.sha256(settings.encode()).hexdigest()[:4]}"
 
 

@@ -115,9 +115,13 @@ class Trainer:
 
         Returns:
             What went wrong, if compiling failed on this machine; everything is eager from then on.
+
+        Raises:
+            ConfigError: the device's memory is too small.
         """
         try:
-            for planner, rows in ((self._acting, self.facts.num_envs), (self._planning, self.config.train.eval_episodes)):
+            evaluated = min(self.facts.num_envs, self.config.train.eval_episodes)
+            for planner, rows in ((self._acting, self.facts.num_envs), (self._planning, evaluated)):
                 plan_once(planner, self.model, planner.sizes_for(rows))
             self.learner.rehearse(self.config.train.batch_size, self.config.train.horizon)
         except COMPILER_ERRORS as error:

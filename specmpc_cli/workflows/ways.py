@@ -175,7 +175,7 @@ def broken_promise(way: Way, config: Config) -> str | None:
 
 def _binding(settings: dict[str, Any]) -> dict[str, Any]:
     """Of settings that decide how a teacher acts, those that a promise depends on: a corrector brings most of `speculation`."""
-    return {**settings, "speculation": {"max_age": settings["speculation"]["max_age"]}}
+    return {**settings, "speculation": {"max_age": settings.get("speculation", {}).get("max_age")}}
 
 
 def with_thresholds(rule: GateRule, accept_below: float | None, replan_above: float | None) -> GateRule:

@@ -51,7 +51,7 @@ def test_config_is_read_only() -> None:
         (["planner.num_elites=600"], r"num_elites \(600\) cannot exceed num_samples \(512\)"),
         (["planner.num_pi_trajs=512"], "num_pi_trajs.*must be below"),
         (["planner.min_std=3"], "min_std.*cannot exceed max_std"),
-        (["speculation.executes=best"], "speculation.executes.*'mean' or 'drawn', got 'best'"),
+        (["speculation.executes=best"], "speculation.executes.*'drawn' or 'mean', got 'best'"),
         (["speculation.tail=forever"], "speculation.tail.*'policy' or 'hold', got 'forever'"),
         (["refine.iterations=6"], r"refine.iterations \(6\) must be below planner.iterations \(6\)"),
         (["refine.iterations=2", "refine.std=3"], r"refine.std \(3.0\) must lie in planner.min_std..max_std"),

@@ -116,7 +116,7 @@ def test_gpus_without_bf16_products_take_fp32(monkeypatch: pytest.MonkeyPatch) -
     for supported, expected in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, supported=supported: supported)
         assert runtime.choose_runtime("cuda", "auto").dtype_name == expected
-    assert "this CUDA has no bf16" in runtime.choose_runtime("cuda", "bf16").notes[0]
+    assert "this GPU has no bf16" in runtime.choose_runtime("cuda", "bf16").notes[0]
 
 
 @pytest.mark.parametrize("options", [("gpu", "auto"), ("cuda:99", "auto"), ("meta", "auto"), ("cpu", "fp16")])

@@ -11,7 +11,7 @@ from specmpc_cli.config.schema import PlannerConfig, RefineConfig
 from specmpc_cli.engine.compiled import EAGER
 from specmpc_cli.engine.planner import Kernels
 from specmpc_cli.envs.registry import lookup
-from specmpc_cli.errors import CheckpointError
+from specmpc_cli.errors import CheckpointError, ConfigError
 from specmpc_cli.runtime import Runtime
 from specmpc_cli.workflows import acting
 from specmpc_cli.workflows.acting import Workbench, planner_settings
@@ -45,9 +45,9 @@ def test_when_compiling_fails_planning_goes_on_eagerly_and_says_so(monkeypatch: 
     broken = Kernels(fail, fail)  # type: ignore[arg-type]
     monkeypatch.setattr(acting, "kernels_for", lambda runtime: broken if runtime.compiled else EAGER)
     workbench = bench(Runtime(torch.device("cpu"), torch.float32, compiled=True, threads=1))
-    note = workbench.warm_up()
+    note = workbench.warm_up([], rows=1)
     assert note is not None and note.endswith("no disk space for kernels") and not workbench.runtime.compiled
-    assert workbench.warm_up() is None  # once is enough
+    assert workbench.warm_up([], rows=1) is None  # once is enough
     actor = workbench.actor(Way(Mode.NAIVE, 3))
     state = actor.begin(actor.initial_state(1), torch.tensor([0]), torch.tensor([0]))
     action, *_ = actor.act(torch.zeros(1, 4), state, torch.ones(1, dtype=torch.bool))
@@ -60,7 +60,18 @@ def test_what_is_wrong_with_an_eager_planner_is_not_hidden(monkeypatch: pytest.M
 
     monkeypatch.setattr(acting, "kernels_for", lambda runtime: Kernels(fail, fail))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="a defect"):
-        bench().warm_up()
+        bench().warm_up([], rows=1)
+
+
+def test_full_memory_is_not_taken_for_a_compiler_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(acting, "kernels_for", lambda runtime: Kernels(fail, fail))  # type: ignore[arg-type]
+    workbench = bench(Runtime(torch.device("cpu"), torch.float32, compiled=True, threads=1))
+    with pytest.raises(ConfigError, match="the memory of cpu is too small.*or --device cpu"):
+        workbench.warm_up([], rows=1)
+    assert workbench.runtime.compiled
 
 
 def test_replans_are_refined_if_asked_for_but_never_with_one_step_per_plan() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from specmpc_cli.config.schema import CollectConfig
-from specmpc_cli.data.tuples import Behaviour
-from specmpc_cli.workflows.collect import plan_round
+from dataclasses import replace
+
+from specmpc_cli.config.schema import CollectConfig, SpeculationConfig
+from specmpc_cli.data.shards import DatasetFacts
+from specmpc_cli.data.tuples import Behaviour, TupleDims
+from specmpc_cli.workflows.collect import dataset_name, plan_round
 
 
 def test_rounds_mix_the_teacher_with_naive_reuse_and_then_with_the_corrector_on_longer_plans() -> None:
@@ -20,3 +23,9 @@ def test_rounds_mix_the_teacher_with_naive_reuse_and_then_with_the_corrector_on_
 def test_a_longer_round_begins_with_the_shorter_one_and_no_two_rounds_share_an_episode() -> None:
     assert plan_round(3, 9, (8, 5), 0.5)[:4] == plan_round(3, 4, (8, 5), 0.5)
     assert len({item.index for round_ in (1, 2, 3) for item in plan_round(round_, 500, (8,), 0.5)}) == 1500
+
+
+def test_datasets_of_before_a_setting_are_found_with_its_default() -> None:
+    now = DatasetFacts("pointmass", "abc", TupleDims(3, 2, 4, 3), {"horizon": 3}, SpeculationConfig().model_dump())
+    before = replace(now, runner={name: value for name, value in now.runner.items() if name != "executes"})
+    assert dataset_name(now) == dataset_name(before) != dataset_name(replace(now, runner={**now.runner, "executes": "mean"}))
