@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specmpc_cli.cli.session import envs_for
 from specmpc_cli.engine import layers
 from specmpc_cli.envs.registry import lookup
 from specmpc_cli.envs.vector import VectorEnv
@@ -30,8 +31,6 @@ from specmpc_cli.workflows.evaluate import calls_saved, episodes_of, evaluate, s
 from specmpc_cli.workflows.statistics import ratio, ratio_ci95
 from specmpc_cli.workflows.store import Store, config_of
 from specmpc_cli.workflows.ways import Mode, Way
-
-ENVS = 16
 
 
 # Opaque to the compiler, which would otherwise drop a rounding to bf16 between two fp32 kernels.
@@ -92,7 +91,7 @@ def main() -> None:
     benches = {name: Workbench(teacher, spec, config, runtime) for name, runtime in precisions.items()}
     ways = [Way(Mode.BASELINE, 1)]
     ways += [Way(Mode.CORRECTED, int(k), corrector) for corrector in store.correctors(teacher)[0] for k in options.horizons.split(",")]
-    envs = VectorEnv.make(spec.task, min(ENVS, options.episodes))
+    envs = VectorEnv.make(spec.task, envs_for(options.episodes))
     episodes = episodes_of(Purpose.COMPARE, options.seed, options.episodes)
 
     print(f"{spec.task}, {options.episodes} episodes, seed {options.seed}, bf16 {'emulated' if emulated else 'by the hardware'}\n")
@@ -103,12 +102,13 @@ def main() -> None:
         returns = {name: scores_of(of, use_success=False) for name, of in stats.items()}
         value, interval = ratio(returns["bf16"], returns["fp32"]), ratio_ci95(returns["bf16"], returns["fp32"])
         within = f"{value:.1%} ({interval[0]:.1%}–{interval[1]:.1%})" if value is not None and interval else "–"
-        label = way.mode.value + (f" {way.horizon} ({way.corrector.arch})" if way.corrector else "")
         print(
-            f"| {label} | {calls_saved(stats['fp32']):.1%} | {returns['fp32'].mean():.1f} | {returns['bf16'].mean():.1f} | {within} |",
+            f"| {way.label} | {calls_saved(stats['fp32']):.1%} | {returns['fp32'].mean():.1f} | {returns['bf16'].mean():.1f} | {within} |",
             flush=True,
         )
-        rows.append({"way": label, "returns": {name: of.tolist() for name, of in returns.items()}, "ratio": value, "ratio_ci95": interval})
+        rows.append(
+            {"way": way.label, "returns": {name: of.tolist() for name, of in returns.items()}, "ratio": value, "ratio_ci95": interval}
+        )
         if options.out:
             options.out.write_text(json.dumps({"task": spec.task, "seed": options.seed, "emulated": emulated, "rows": rows}, indent=1))
 
