@@ -51,8 +51,13 @@ def compiled_judge() -> Judge:
     """
     with_corrector = compiled(judge)
 
-    def judge_row(model: WorldModel, corrector: Corrector | None, *seen: Any) -> Judgement:
-        return (judge if corrector is None else with_corrector)(model, corrector, *seen)
+    @torch.inference_mode()
+    def judge_row(model: WorldModel, corrector: Corrector | None, metric: str, limits: GateLimits, *seen: Tensor) -> Judgement:
+        if corrector is None:
+            return judge(model, corrector, metric, limits, *seen)
+        # To the compiler, tensors made outside inference mode are of another kind, and every mixture of the two would be compiled anew.
+        alike = [value if value.is_inference() else value.clone() for value in seen]
+        return with_corrector(model, corrector, metric, limits, *alike)
 
     return judge_row
 

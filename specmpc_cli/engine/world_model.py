@@ -9,6 +9,7 @@ does not use. It is trained as a whole; it acts as one of its members, a single-
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -151,7 +152,9 @@ class WorldModel(nn.Module):
         The layer that reads observations multiplies in fp32 even under autocast: a sensor's offset would swallow bf16's eight digits.
         """
         first, *others = self.encoder
-        with torch.autocast(obs.device.type, enabled=False):
+        device = obs.device.type
+        # Nothing is switched off that is not on: a graph that switches autocast is one that the compiler's cache refuses to keep whole.
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             x = first(self.with_task(obs, task))
         for layer in others:
             x = layer(x)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from scipy.stats import beta
+from scipy.special import betaincinv
 
 RESAMPLES = 10_000
 Interval = tuple[float, float]
@@ -63,7 +63,7 @@ def cvar05(sample: np.ndarray) -> float:
 
 def lost_share_bound(lost: int, episodes: int, confidence: float) -> float:
     """One-sided upper bound on the share of episodes that are lost, of which `lost` were seen (exact: Clopper and Pearson, 1934)."""
-    return 1.0 if lost == episodes else float(beta.ppf(confidence, lost + 1, episodes - lost))
+    return 1.0 if lost == episodes else float(betaincinv(lost + 1, episodes - lost, confidence))
 
 
 def fewest_episodes(share: float, confidence: float) -> int:

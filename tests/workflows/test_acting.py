@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from specmpc_cli.api import Controller
 from specmpc_cli.config.schema import PlannerConfig, RefineConfig
 from specmpc_cli.engine.compiled import EAGER
 from specmpc_cli.engine.planner import Kernels
 from specmpc_cli.envs.registry import lookup
+from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.errors import CheckpointError, ConfigError
-from specmpc_cli.runtime import Runtime
+from specmpc_cli.runtime import Purpose, Runtime
 from specmpc_cli.workflows import acting
 from specmpc_cli.workflows.acting import Workbench, planner_settings
+from specmpc_cli.workflows.evaluate import episodes_of
+from specmpc_cli.workflows.rollout import rollout
 from specmpc_cli.workflows.store import Teacher
 from specmpc_cli.workflows.ways import Mode, Way
 from tests.conftest import make_model
@@ -52,6 +57,22 @@ def test_when_compiling_fails_planning_goes_on_eagerly_and_says_so(monkeypatch: 
     state = actor.begin(actor.initial_state(1), torch.tensor([0]), torch.tensor([0]))
     action, *_ = actor.act(torch.zeros(1, 4), state, torch.ones(1, dtype=torch.bool))
     assert action.shape == (1, 2)
+
+
+@pytest.mark.compiler
+def test_after_the_warm_up_no_step_of_anyone_compiles() -> None:
+    """Observations made outside inference mode are another kind of tensor to the compiler, and so is what comes of them."""
+    workbench = bench(Runtime(torch.device("cpu"), torch.float32, compiled=True, threads=1))
+    way = Way(Mode.CORRECTED, 3, corrector())
+    assert workbench.warm_up([way], rows=2) is None
+    counters = torch._dynamo.utils.counters
+    compilations, bypassed = counters["stats"]["unique_graphs"], counters["aot_autograd"]["autograd_cache_bypass"]
+    controller = Controller(workbench, way)
+    for _ in range(5):
+        controller.act(np.ones(4))
+    rollout(workbench.actor(way), VectorEnv.make("pointmass", 2), episodes_of(Purpose.COMPARE, 0, 2), device=CPU.device, max_steps=5)
+    assert counters["stats"]["unique_graphs"] == compilations > 0
+    assert bypassed == 0, "the compiler's cache keeps every graph whole"
 
 
 def test_what_is_wrong_with_an_eager_planner_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
