@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Executes = Literal["drawn", "mean"]  # of a plan: the elite that the planner drew, or the elites' weighted mean
 Tail = Literal["policy", "hold"]  # how a plan goes on beyond the planner's horizon
+BEFORE_SETTINGS = {"executes": "drawn", "tail": "policy"}  # what files mean that are older than these settings
 
 
 @dataclass(frozen=True, slots=True)

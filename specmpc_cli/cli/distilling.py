@@ -31,7 +31,7 @@ def collect(
 ) -> None:
     """Run the teacher and label every step with what a fresh plan would do."""
     from specmpc_cli.workflows.collect import collect as run
-    from specmpc_cli.workflows.fit_corrector import as_corrector
+    from specmpc_cli.workflows.fit_corrector import as_corrector, measure_label_noise
     from specmpc_cli.workflows.fit_corrector import fit as fit_network
     from specmpc_cli.workflows.ways import check_archs
 
@@ -48,9 +48,12 @@ def collect(
 
         def fit(shards: "list[Shard]") -> "FittedCorrector":
             progress.update(bar, state=f"fitting {arch}")
-            corrector = as_corrector(bench, fit_network(bench, arch, shards, seed=common.seed))
+            fitted = fit_network(bench, arch, shards, seed=common.seed)
+            noise = measure_label_noise(bench, shards, seed=common.seed)
+            error = fitted.fit.best.validation_error
+            out.note(f"{arch} fitted to {len(shards)} episodes: validation error {error:.4f}; {noise_floor(noise)}")
             progress.update(bar, state="env steps")
-            return corrector
+            return as_corrector(bench, fitted)
 
         report = run(
             store,
@@ -104,6 +107,7 @@ def fit_corrector(
 
     from specmpc_cli.cli.tables import fit_table
     from specmpc_cli.engine.correctors import DEFAULT_ARCHS
+    from specmpc_cli.types import BEFORE_SETTINGS
     from specmpc_cli.workflows.calibrate import FEWEST_EPISODES, check_promise
     from specmpc_cli.workflows.fit_corrector import NOISE_SAMPLE, as_corrector, fit, measure_label_noise, save
     from specmpc_cli.workflows.ways import DEFAULT_HORIZON, Mode, Way, check_archs
@@ -123,7 +127,7 @@ def fit_corrector(
     shards = store.newest_dataset(bench.teacher)
     folder = shards[0].path.parent
     out.note(f"data: {folder} ({sum(shard.rows for shard in shards)} rows from {len(shards)} episodes)")
-    for name, unnamed in (("executes", "drawn"), ("tail", "policy")):  # older data name neither
+    for name, unnamed in BEFORE_SETTINGS.items():
         ours, of_data = getattr(bench.config.speculation, name), shards[0].runner.get(name, unnamed)
         if ours != of_data:
             out.note(f"note: the data's plans have speculation.{name}={of_data}, this corrector's {ours}")
@@ -142,10 +146,7 @@ def fit_corrector(
     noise = measure_label_noise(bench, shards, seed=common.seed)
     folders = [save(store, bench, network, noise) for network in fitted]
     out.table(fit_table(fitted, noise))
-    out.say(
-        f"label noise: two fresh plans of one state differ by {noise:.4f}; "
-        f"a corrector that knew their mean would be left with half of it, {noise / 2:.4f}"
-    )
+    out.say(f"label noise: {noise_floor(noise)}")
     for path in folders:
         out.say(f"{path.name}: {path}")
     calibrated: dict[str, Calibration] = {}
@@ -174,6 +175,12 @@ def fit_corrector(
             ],
         }
     )
+
+
+def noise_floor(noise: float) -> str:
+    """What a validation error is to be held against."""
+    half = "a corrector that knew their mean would be left with half of it"
+    return f"two fresh plans of one state differ by {noise:.4f}; {half}, {noise / 2:.4f}"
 
 
 def _calibrate(

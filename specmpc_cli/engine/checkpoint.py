@@ -20,7 +20,7 @@ from specmpc_cli.engine.official import infer_dims, load_weights
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.errors import CheckpointError
 from specmpc_cli.files import write_whole
-from specmpc_cli.types import Executes, Tail
+from specmpc_cli.types import BEFORE_SETTINGS, Executes, Tail
 
 TEACHER_KIND = "specmpc-world-model"
 CORRECTOR_KIND = "specmpc-corrector"
@@ -90,8 +90,8 @@ def load_corrector(path: Path) -> tuple[BaseCorrector, CorrectorFacts]:
         config, gate = json.loads(metadata["config"]), json.loads(metadata["gate"])
         arch = config.pop("arch")
         # Files of before these were settings name neither.
-        executes: Executes = _one_of(Executes, metadata.get("executes", "drawn"))
-        tail: Tail = _one_of(Tail, metadata.get("tail", "policy"))
+        executes: Executes = _one_of(Executes, metadata.get("executes", BEFORE_SETTINGS["executes"]))
+        tail: Tail = _one_of(Tail, metadata.get("tail", BEFORE_SETTINGS["tail"]))
         if arch not in CORRECTORS:
             raise KeyError(arch)
         gate.pop("calibrated", None)  # files of before there was a calibration say so, and name no horizon

@@ -105,7 +105,9 @@ def test_a_round_learns_from_the_data_it_continues_and_leaves_the_stores_correct
     before = weights.read_bytes()
     other = Path(with_teacher("collect", "--episodes", "2", "--set", "planner.iterations=3", "--json").document["dataset"])
     monkeypatch.setattr(fit_corrector, "fit", spy)
-    assert with_teacher("collect", "--episodes", "2", "--rounds", "2").code == 0
+    collected = with_teacher("collect", "--episodes", "2", "--rounds", "2")
+    assert collected.code == 0 and "two-tower fitted to 2 episodes: validation error" in collected.err
+    assert "two fresh plans of one state differ by" in collected.err
     assert first != other and learnt_from == [{(first.name, 1)}]
     assert weights.read_bytes() == before
 
