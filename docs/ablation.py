@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,9 @@ def without_prediction(visit: Visit) -> Visit:
     return replace(visit, z_pred=visit.z)
 
 
+Signal = Callable[[WorldModel, Judgement], Tensor]  # what a gate may look at, [B]; the larger, the sooner it plans again
+
+
 def growth(model: WorldModel, judged: Judgement) -> Tensor:
     """The training-free rule: the mismatch, scaled by how much the dynamics stretch it, ‖f(z, a) − f(z_pred, a)‖."""
     return torch.linalg.vector_norm(model.next(judged.z, judged.planned) - model.next(judged.z_pred, judged.planned), dim=-1)
@@ -97,7 +100,7 @@ def q_value(model: WorldModel, z: Tensor, action: Tensor) -> Tensor:
     return model.q_pair(z.unsqueeze(1), action.unsqueeze(1), heads).squeeze(1)
 
 
-def judging_by(signal: Callable[[WorldModel, Judgement], Tensor]) -> Judge:
+def judging_by(signal: Signal) -> Judge:
     """A judgement whose mismatch is this signal."""
 
     def judge_by_signal(model: WorldModel, corrector: Corrector | None, metric: str, limits: GateLimits, *seen: Tensor) -> Judgement:
@@ -107,6 +110,19 @@ def judging_by(signal: Callable[[WorldModel, Judgement], Tensor]) -> Judge:
         return judged._replace(mismatch=value, decision=decision, reason=reason)
 
     return judge_by_signal
+
+
+class Recorder:
+    """Judges as usual, and keeps what each signal says but on episodes' first steps. Implements `Judge`."""
+
+    def __init__(self, signals: Iterable[Signal]) -> None:
+        self.values: dict[Signal, list[Tensor]] = {signal: [] for signal in signals}
+
+    def __call__(self, model: WorldModel, corrector: Corrector | None, metric: str, limits: GateLimits, *seen: Tensor) -> Judgement:
+        judged, first = judge(model, corrector, metric, limits, *seen), seen[-1]
+        for signal, values in self.values.items():
+            values.append(signal(model, judged)[~first])
+        return judged
 
 
 GATES = {"the mismatch": mismatch, "the expected error": expected_error, "the value below the prior's": value_below_prior,
@@ -165,16 +181,19 @@ class Study:
         for horizon in horizons:
             self.add(name, f"{horizon} steps", self.run(GateRule(horizon, accept_below=accept), corrector, **options))
 
-    def gated(self, name: str, corrector: Any = None, **options: Any) -> None:
-        """Plans of at most 20 steps behind a gate; its thresholds come from what a free run meets on `tune` episodes.
+    def gated(self, gates: Mapping[str, Signal], corrector: Any = None) -> None:
+        """Plans of at most 20 steps behind each gate; thresholds come from what a free run meets on `tune` episodes.
 
         Below them the corrector corrects; without one the plan is accepted.
         """
-        free = self.run(GateRule(20, math.inf if corrector is None else -math.inf), corrector, Purpose.TUNE, **options)
-        values = [value for stat in free for value in stat.mismatches if math.isfinite(value)]
-        for threshold in map(float, np.quantile(values, [1 - share for share in FALLBACK_SHARES])):
-            rule = GateRule(20, threshold if corrector is None else -math.inf, threshold)
-            self.add(name, f"threshold {threshold:.3g}", self.run(rule, corrector, **options))
+        accept = math.inf if corrector is None else -math.inf
+        met = Recorder(gates.values())
+        self.run(GateRule(20, accept), corrector, Purpose.TUNE, judge=met)
+        for name, signal in gates.items():
+            values = torch.cat(met.values[signal]).numpy()
+            for threshold in map(float, np.quantile(values, [1 - share for share in FALLBACK_SHARES])):
+                rule = GateRule(20, threshold if corrector is None else accept, threshold)
+                self.add(name, f"threshold {threshold:.3g}", self.run(rule, corrector, judge=judging_by(signal)))
 
     def refined(self, name: str, horizons: Sequence[int], iterations: int, corrector: Any) -> None:
         """Replans of so few iterations, which refine the old plan."""
@@ -202,8 +221,7 @@ def main() -> None:
     study.at_horizons("two-tower", horizons, two_tower)
     for iterations in (1, 2):
         study.refined(f"two-tower, replans refine in {iterations}", horizons, iterations, two_tower)
-    for what, signal in GATES.items():
-        study.gated(f"two-tower behind a gate on {what}", two_tower, judge=judging_by(signal))
+    study.gated({f"two-tower behind a gate on {what}": signal for what, signal in GATES.items()}, two_tower)
     study.at_horizons("temporal", horizons, study.fit("temporal", study.shards))
     study.at_horizons("plain distillation, z alone", horizons, study.fit("distilled", study.shards))
     for last in rounds[:-1]:
@@ -218,8 +236,7 @@ def main() -> None:
         study.at_horizons(name, horizons, study.fit("two-tower", study.shards, wrap))
     study.at_horizons("naive", horizons)
     study.at_horizons("naive, tail held", horizons, tail="hold")
-    study.gated("fixed latent threshold (the published gate)")
-    study.gated("sensitivity-scaled threshold (training-free)", judge=judging_by(growth))
+    study.gated({"fixed latent threshold (the published gate)": mismatch, "sensitivity-scaled threshold (training-free)": growth})
     if arguments.out:
         facts = {"task": arguments.task, "episodes": arguments.episodes, "seed": arguments.seed, "baseline": study.baseline.tolist()}
         arguments.out.write_text(json.dumps({**facts, "rows": study.rows}, indent=1) + "\n")
