@@ -52,6 +52,9 @@ class Masked(nn.Module):
     def forward(self, visit: Visit) -> tuple[Tensor, Tensor]:
         return self.corrector(self.mask(visit))
 
+    def added(self, visit: Visit, delta: Tensor) -> Tensor:
+        return self.corrector.added(self.mask(visit), delta)
+
 
 def without_prior(visit: Visit) -> Visit:
     return replace(visit, prior=visit.planned)
@@ -132,7 +135,8 @@ GATES = {"the mismatch": mismatch, "the expected error": expected_error, "the va
 class Study:
     """One task's teacher, data and paired episodes."""
 
-    def __init__(self, store: Path, task: str, episodes: int, seed: int) -> None:
+    def __init__(self, store: Path, task: str, episodes: int, seed: int, out: Path | None = None) -> None:
+        """`out` is written anew with each row."""
         place = Store(store, task)
         teacher = place.teacher()
         self.bench = Workbench(teacher, lookup(task).spec, config_of(teacher, [], []), choose_runtime())
@@ -141,6 +145,8 @@ class Study:
         self.envs = VectorEnv.make(task, min(episodes, 10))
         self.rows: list[dict[str, Any]] = []
         self.baseline = scores_of(self.run(GateRule(1)), self.bench.spec.has_success)
+        self.facts = {"task": task, "episodes": episodes, "seed": seed, "baseline": self.baseline.tolist()}
+        self.out = out
 
     def fit(
         self,
@@ -173,6 +179,8 @@ class Study:
         iterations = float(np.mean([sum(one.planner_iterations) for one in stats]))
         figures = {"calls_saved": saved, "planner_iterations_per_episode": iterations, "mean": score.mean(), "kept": kept, "ci95": interval}
         self.rows.append({"variant": name, "setting": setting, **figures})
+        if self.out:
+            self.out.write_text(json.dumps({**self.facts, "rows": self.rows}, indent=1) + "\n")
         share = f"{kept:.1%} ({interval[0]:.1%} to {interval[1]:.1%})" if kept is not None and interval is not None else "–"
         print(f"| {name} | {setting} | {saved:.1%} | {iterations:.0f} | {score.mean():.3g} | {share} |", flush=True)
 
@@ -211,7 +219,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     horizons = [int(part) for part in arguments.horizons.split(",")]
-    study = Study(arguments.store, arguments.task, arguments.episodes, arguments.seed)
+    study = Study(arguments.store, arguments.task, arguments.episodes, arguments.seed, arguments.out)
     rounds = sorted({shard.key[1] for shard in study.shards})
     print(f"plain replanning: {study.baseline.mean():.4g} over {arguments.episodes} episodes\n")
     print("| variant | plans live | calls saved | MPPI iterations | return | of plain replanning (95 % interval) |")
@@ -237,9 +245,6 @@ def main() -> None:
     study.at_horizons("naive", horizons)
     study.at_horizons("naive, tail held", horizons, tail="hold")
     study.gated({"fixed latent threshold (the published gate)": mismatch, "sensitivity-scaled threshold (training-free)": growth})
-    if arguments.out:
-        facts = {"task": arguments.task, "episodes": arguments.episodes, "seed": arguments.seed, "baseline": study.baseline.tolist()}
-        arguments.out.write_text(json.dumps({**facts, "rows": study.rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def split_by_episode(group: np.ndarray, validation_share: float, seed: int) -> t
     episodes = np.unique(group)
     if len(episodes) < 2:
         raise DatasetError("fitting needs at least 2 episodes, one of them held out; collect more with --episodes")
-    held_out = max(1, round(len(episodes) * validation_share))
+    held_out = min(max(1, round(len(episodes) * validation_share)), len(episodes) - 1)
     chosen = np.random.default_rng(seed).permutation(episodes)[:held_out]
     validation = np.isin(group, chosen)
     return np.flatnonzero(~validation), np.flatnonzero(validation)

@@ -53,6 +53,7 @@ def test_validation_holds_out_whole_episodes() -> None:
 def test_one_episode_is_too_few() -> None:
     with pytest.raises(DatasetError, match="at least 2 episodes"):
         split_by_episode(np.zeros(50), 0.2, seed=0)
+    assert all(len(rows) for rows in split_by_episode(np.array([0, 1, 2]), 0.9, seed=0))  # something to learn from, and to judge by
 
 
 @pytest.mark.parametrize("arch", CORRECTORS)
