@@ -98,7 +98,10 @@ def load_controller(
     way = choose_way(
         place, bench.teacher, bench.config, mode, horizon=horizon, arch=arch, accept_below=accept_below, replan_above=replan_above
     )
-    problems = [broken_promise(way, bench.config), None if not way.mode.plans else bench.warm_up([way], rows=1)]
+    problems = [
+        broken_promise(way, bench.config, bench.runtime.dtype_name),
+        None if not way.mode.plans else bench.warm_up([way], rows=1),
+    ]
     for problem in filter(None, problems):
         warnings.warn(problem, stacklevel=2)
     return Controller(bench, way, seed)

@@ -86,18 +86,18 @@ def note_ways(out: Output, bench: "Workbench", ways: "Sequence[Way]") -> None:
             gate = bench.gate(way)
             assert gate is not None
             out.note(f"{way.label}: a plan lives {gate.label}")
-            if problem := broken_promise(way, bench.config):
+            if problem := broken_promise(way, bench.config, bench.runtime.dtype_name):
                 out.note(f"note: {problem}")
 
 
 def parse_horizons(text: str) -> list[int]:
+    from specmpc_cli.workflows.ways import check_horizons
+
     try:
         horizons = [int(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"--horizons takes whole numbers separated by commas, such as 1,3,6; got {text!r}") from None
-    if not all(1 <= horizon <= 1000 for horizon in horizons):
-        raise ConfigError(f"--horizons must lie in 1..1000, got {text!r}")
-    return horizons
+    return check_horizons(horizons)
 
 
 def envs_for(episodes: int) -> int:

@@ -15,6 +15,7 @@ from specmpc_cli.errors import ConfigError
 from specmpc_cli.workflows.store import FittedCorrector, Store, Teacher
 
 DEFAULT_HORIZON = 6  # env steps per plan where none is named
+LONGEST_HORIZON = 1000  # every plan is rolled out that far
 
 
 class Mode(StrEnum):
@@ -80,7 +81,7 @@ def choose_way(
         CheckpointError: no corrector of this teacher.
     """
     chosen = check_way(mode, horizon=horizon, arch=arch, accept_below=accept_below, replan_above=replan_above)
-    steps = horizon or DEFAULT_HORIZON
+    steps = DEFAULT_HORIZON if horizon is None else horizon
     match chosen:
         case Mode.BASELINE:
             return Way(chosen, 1)
@@ -110,14 +111,23 @@ _OPTIONS: dict[Mode, tuple[str, ...]] = {
 
 
 def check_way(mode: str, **options: Any) -> Mode:
-    """The mode. Raises ConfigError for an unknown mode or architecture, and for options that the mode would ignore."""
+    """The mode. Raises ConfigError for an unknown mode or architecture, a horizon out of range, and options that the mode would ignore."""
     if mode not in list(Mode):
         raise ConfigError(f"--mode must be one of {', '.join(Mode)}, got {mode!r}")
     for option, value in options.items():
         if value is not None and option not in _OPTIONS[Mode(mode)]:
             raise ConfigError(f"--{option.replace('_', '-')} has no meaning in mode {mode}; leave it out")
     check_archs([options["arch"]] if options.get("arch") else [])
+    if options.get("horizon") is not None:
+        check_horizons([options["horizon"]], "--horizon")
     return Mode(mode)
+
+
+def check_horizons(horizons: Sequence[int], option: str = "--horizons") -> list[int]:
+    """The env steps per plan. Raises ConfigError, which names the option, if one is too small or too large."""
+    if not all(1 <= horizon <= LONGEST_HORIZON for horizon in horizons):
+        raise ConfigError(f"{option} must lie in 1..{LONGEST_HORIZON}, got {', '.join(map(str, horizons))}")
+    return list(horizons)
 
 
 def check_archs(archs: Sequence[str]) -> list[str]:
@@ -161,16 +171,21 @@ def own_settings(way: Way, config: Config) -> str | None:
     return f"the {way.corrector.arch} corrector brings {brought}; {here} is for the ways without one"
 
 
-def broken_promise(way: Way, config: Config) -> str | None:
-    """What to tell the user if this way follows a gate that was calibrated with other settings."""
-    promised_with = way.corrector.facts.promised_with if way.mode is Mode.ADAPTIVE and way.corrector else None
-    if promised_with is None or _binding(promised_with) == _binding(config.acting_settings()):
+def broken_promise(way: Way, config: Config, dtype: str) -> str | None:
+    """What to tell the user if this way's corrector carries a calibrated gate whose promise does not hold here: the way follows another
+    gate, or settings or dtype (`bf16`, `fp32`) are not those that the gate was calibrated with."""
+    if way.mode is not Mode.ADAPTIVE or way.corrector is None or way.corrector.facts.promised_with is None:
         return None
-    assert way.corrector is not None
-    return (
-        f"the {way.corrector.arch} corrector's gate was calibrated with other settings of planner, speculation or refine: "
-        "no promise holds here"
-    )
+    facts, whose = way.corrector.facts, f"the {way.corrector.arch} corrector's gate"
+    assert way.rule is not None
+    if way.rule != replace(facts.gate, horizon=min(way.rule.horizon, facts.gate.horizon)):
+        return f"{whose} is replaced by thresholds given by hand: no promise holds here"
+    promised_with = {"dtype": dtype, **facts.promised_with}  # older files say nothing of the dtype
+    if promised_with.pop("dtype") != dtype:
+        return f"{whose} was calibrated in {facts.promised_with['dtype']} and acts in {dtype}: no promise holds here"
+    if _binding(promised_with) != _binding(config.acting_settings()):
+        return f"{whose} was calibrated with other settings of planner, speculation or refine: no promise holds here"
+    return None
 
 
 def _binding(settings: dict[str, Any]) -> dict[str, Any]:

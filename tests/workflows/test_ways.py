@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from specmpc_cli.config.schema import Config, PlannerConfig, RefineConfig, SpeculationConfig
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.errors import ConfigError
-from specmpc_cli.workflows.ways import Mode, Way, adaptive_way, broken_promise
+from specmpc_cli.workflows.ways import Mode, Way, adaptive_way, broken_promise, check_way
 from tests.workflows.workbenches import SMALL, corrector
 
 
@@ -36,9 +37,26 @@ def test_adaptive_takes_a_calibrated_gate_or_both_thresholds() -> None:
 
 def test_a_promise_holds_for_the_planner_and_the_refinement_that_it_was_checked_with() -> None:
     way = adaptive_way(corrector(calibrated=True), SMALL, None, None)
-    assert broken_promise(way, SMALL) is None
+    assert broken_promise(way, SMALL, "fp32") is None
     for other in ({"planner": PlannerConfig()}, {"speculation": SpeculationConfig(max_age=7)}, {"refine": RefineConfig(iterations=1)}):
-        assert "no promise holds here" in (broken_promise(way, SMALL.model_copy(update=other)) or "")
+        assert "no promise holds here" in (broken_promise(way, SMALL.model_copy(update=other), "fp32") or "")
     ours = {"speculation": SpeculationConfig(tail="hold", executes="mean", metric="l1")}  # the corrector brings its own
-    assert broken_promise(way, SMALL.model_copy(update=ours)) is None
-    assert broken_promise(Way(Mode.CORRECTED, 6, corrector(calibrated=True)), Config()) is None
+    assert broken_promise(way, SMALL.model_copy(update=ours), "fp32") is None
+    assert broken_promise(Way(Mode.CORRECTED, 6, corrector(calibrated=True)), Config(), "fp32") is None
+
+
+def test_a_promise_holds_for_the_gate_and_the_dtype_that_it_was_checked_with() -> None:
+    calibrated = corrector(calibrated=True)
+    for by_hand in ((None, 1e9), (0.05, None), (0.1, 0.4)):  # the last: the gate's own numbers, but for the length of its plans
+        way = adaptive_way(calibrated, SMALL, *by_hand)
+        assert "replaced by thresholds given by hand: no promise holds" in (broken_promise(way, SMALL, "fp32") or "")
+    facts = replace(calibrated.facts, promised_with=SMALL.acting_settings() | {"dtype": "fp32"})
+    way = adaptive_way(replace(calibrated, facts=facts), SMALL, None, None)
+    assert broken_promise(way, SMALL, "fp32") is None
+    assert "calibrated in fp32 and acts in bf16: no promise holds here" in (broken_promise(way, SMALL, "bf16") or "")
+
+
+@pytest.mark.parametrize("horizon", [0, -1, 1001, 10**12])
+def test_a_horizon_out_of_range_is_refused_before_anything_runs(horizon: int) -> None:
+    with pytest.raises(ConfigError, match=rf"--horizon must lie in 1..1000, got {horizon}"):
+        check_way("naive", horizon=horizon)
