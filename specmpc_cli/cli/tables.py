@@ -6,7 +6,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from specmpc_cli.workflows.plots import computed_on
+from specmpc_cli.workflows.plots import computed_on, scored_by
 
 Row = dict[str, Any]
 
@@ -38,16 +38,17 @@ def comparison_table(report: dict[str, Any], label: Any) -> Table:
 
 
 def best_line(report: dict[str, Any], label: Any) -> str:
-    """The row that was chosen on half of the episodes, with its figures on the other half."""
-    best = report["best"]
+    """The row that was chosen on half of the episodes, with its figures on the other half, and what it does not show."""
+    best, what = report["best"], scored_by(report)
+    if best["row"] == 0:
+        return "; ".join(["none but replanning at every step", *best["notes"]])
     others = report["episodes"] - best["episodes"]
-    kept = (
-        f"keeps {percent(best['return_vs_baseline'], 1)} ({_interval(best['return_vs_baseline_ci95'], 100, ' %')}) of the baseline's return"
+    kept = f"{percent(best['return_vs_baseline'], 1)} ({_interval(best['return_vs_baseline_ci95'], 100, ' %')}) of the baseline's {what}"
+    line = (
+        f"{label(report['rows'][best['row']])}, chosen on {others} episodes for at most {best['max_return_loss']:.1%} lost {what}; "
+        f"on the other {best['episodes']} it keeps {kept} and saves {percent(best['calls_saved'])} of the calls"
     )
-    return (
-        f"{label(report['rows'][best['row']])}, chosen on {others} episodes for at most {best['max_return_loss']:.1%} lost return; "
-        f"on the other {best['episodes']} it {kept} and saves {percent(best['calls_saved'])} of the calls"
-    )
+    return "; ".join([line, *best["notes"]])
 
 
 def by_age_table(report: dict[str, Any], label: Any) -> Table:

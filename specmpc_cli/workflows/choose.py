@@ -8,7 +8,8 @@ import numpy as np
 
 from specmpc_cli.errors import ConfigError
 from specmpc_cli.workflows.evaluate import Report, Row
-from specmpc_cli.workflows.statistics import ratio, ratio_ci95
+from specmpc_cli.workflows.plots import CONTROLS, row_label
+from specmpc_cli.workflows.statistics import lost_share_bound, ratio, ratio_ci95
 
 FEWEST_EPISODES = 4
 
@@ -27,24 +28,39 @@ def check_loss(max_return_loss: float, episodes: int) -> None:
 def best_within(report: Report, max_return_loss: float) -> dict[str, Any]:
     """The row that saves most calls while it keeps 1 − `max_return_loss` of the baseline's return (of its success, for tasks with success).
 
-    Controls that never plan may be it too: then planning less is not what the task needs. It is chosen on the episodes of even index and
-    reported on those of odd index. The baseline itself always keeps the bound, so there is always a row; where no other does, it is the
-    baseline, which saves nothing.
+    Controls that never plan may be it too. It is chosen on the episodes of even index and reported on those of odd index. Where no row that
+    saves anything keeps the bound it is the baseline, and `notes` say so.
 
     Returns:
-        `max_return_loss`, `row` (its index in the report), `mode`, `horizon`, `corrector`, and of the reporting half: `episodes`,
+        `max_return_loss`, `row` (its index in the report), `mode`, `horizon`, `corrector`, of the reporting half `episodes`,
         `calls_saved`, `return_vs_baseline` and `return_vs_baseline_ci95` (null where the baseline's mean is not positive, and then the
-        baseline is chosen).
+        baseline is chosen), and `notes`: sentences on what the choice does not show.
     """
-    baseline, *others = report["rows"]
-    chosen = 0
-    best = (0.0, 1.0)
-    for index, row in enumerate(others, start=1):
-        kept = ratio(_scores(row)[::2], _scores(baseline)[::2])
-        if kept is not None and kept >= 1 - max_return_loss and (_saved(row, 0), kept) > best:
-            chosen, best = index, (_saved(row, 0), kept)
-    row = report["rows"][chosen]
+    rows, baseline = report["rows"], report["rows"][0]
+    kept = [ratio(_scores(row)[::2], _scores(baseline)[::2]) for row in rows]
+    saved = [_saved(row, 0) for row in rows]
+    saving = [(index, share) for index, share in enumerate(kept) if share is not None and saved[index] > 0]
+    within = [(saved[index], share, index) for index, share in saving if share >= 1 - max_return_loss]
+    chosen = max(within)[-1] if within else 0
+    row = rows[chosen]
     score, reference = _scores(row)[1::2], _scores(baseline)[1::2]
+    interval = ratio_ci95(score, reference)
+    notes = []
+    if kept[0] is None:
+        earned = f"plain replanning scores {_scores(baseline)[::2].mean():.3g} on average on the episodes that choose"
+        notes.append(f"{earned}, and no share of that can be kept")
+    elif not within:
+        notes.append(f"no row that saves calls loses at most {max_return_loss:.1%} on the episodes that choose")
+        if saving:
+            nearest, share = max(saving, key=lambda one: one[1])
+            notes.append(f"the nearest, {row_label(rows[nearest])}, keeps {share:.1%} there and saves {saved[nearest]:.0%} of the calls")
+    elif row["mode"] in CONTROLS:
+        planning = [one for one in within if rows[one[-1]]["mode"] not in CONTROLS]
+        rest = f"of the ways that plan, {row_label(rows[max(planning)[-1]])} saves most" if planning else "no way that plans and saves does"
+        notes.append(f"it never plans and keeps the bound: here planning less proves little; {rest}")
+    if chosen and interval is not None and interval[0] == interval[1]:
+        room = lost_share_bound(0, len(score), 0.975)
+        notes.append(f"{len(score)} episodes without any spread still leave room for {room:.0%} of others that lose everything")
     return {
         "max_return_loss": max_return_loss,
         "row": chosen,
@@ -52,7 +68,8 @@ def best_within(report: Report, max_return_loss: float) -> dict[str, Any]:
         "episodes": len(score),
         "calls_saved": _saved(row, 1),
         "return_vs_baseline": ratio(score, reference),
-        "return_vs_baseline_ci95": ratio_ci95(score, reference),
+        "return_vs_baseline_ci95": interval,
+        "notes": notes,
     }
 
 

@@ -51,6 +51,11 @@ def computed_on(report: dict[str, Any]) -> str:
     return f"{report['device']}, {report['dtype']}, {compiled}, {report['threads']} threads"
 
 
+def scored_by(report: dict[str, Any]) -> str:
+    """What rows are compared by: `success` where the task has it, else `return`."""
+    return "return" if report["rows"][0]["success_rate"] is None else "success"
+
+
 def row_kind(row: Row) -> str:
     """`corrected (two-tower)`: what rows of all horizons have in common."""
     return row_label({**row, "horizon": ""}).replace("  ", " ").strip()
@@ -104,10 +109,9 @@ def plot_front(report: dict[str, Any], path: Path) -> None:
         if row["mode"] in ("naive", "corrected"):
             at = (row["calls_saved"], low)
             axes.annotate(str(row["horizon"]), at, xytext=(points, -12), textcoords="offset points", ha="center", fontsize=8)
-    what = "success" if rows and rows[0]["success_rate"] is not None else "return"
     axes.set_title(f"{report['task']}: {report['episodes']} paired episodes, 95 % bootstrap intervals", loc="left", fontsize=11)
     axes.set_xlabel("planner calls saved (numbers: env steps per plan)")
-    axes.set_ylabel(f"{what} relative to replanning at every step")
+    axes.set_ylabel(f"{scored_by(report)} relative to replanning at every step")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlim(-0.04, 1.04)

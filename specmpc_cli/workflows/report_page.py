@@ -12,9 +12,10 @@ from specmpc_cli.errors import ConfigError
 from specmpc_cli.files import check_destination, write_whole
 from specmpc_cli.types import Decision
 from specmpc_cli.workflows.evaluate import Report, Row
-from specmpc_cli.workflows.plots import CONTROLS, beside, computed_on, pareto_front, row_label
+from specmpc_cli.workflows.plots import CONTROLS, beside, computed_on, pareto_front, row_label, scored_by
 from specmpc_cli.workflows.svg import Chart
 
+_ITERATIONS = "iterations"
 _COLUMNS = (
     "way of acting",
     "return",
@@ -23,6 +24,7 @@ _COLUMNS = (
     "95 % CI",
     "calls",
     "saved",
+    _ITERATIONS,
     "accept / correct / replan",
     "p50 ms",
     "p99 ms",
@@ -30,16 +32,18 @@ _COLUMNS = (
 )
 _DECISIONS = {Decision.ACCEPT: "accept", Decision.CORRECT: "correct", Decision.REPLAN: "replan"}
 
-_COLOURS = 12  # of rows, --s0 to --s11
+_MEANS = {"return": "mean returns", "success": "success rates"}
+_COLOURS = 16  # of rows, --s0 to --s15
 
 _STYLE = (
     """
 :root { color-scheme: light dark; --ground: #ffffff; --ink: #1b1f24; --faint: #6b7280; --rule: #e5e7eb; --accept: #009e73;
   --correct: #e69f00; --replan: #d55e00; --s0: #57606a; --s1: #0072b2; --s2: #d55e00; --s3: #009e73; --s4: #cc79a7; --s5: #b8860b;
-  --s6: #56b4e9; --s7: #8250df; --s8: #a0522d; --s9: #2e7d32; --s10: #c2185b; --s11: #3f51b5; }
+  --s6: #56b4e9; --s7: #8250df; --s8: #a0522d; --s9: #2e7d32; --s10: #c2185b; --s11: #3f51b5; --s12: #00838f;
+  --s13: #6d4c41; --s14: #9e9d24; --s15: #ad1457; }
 @media (prefers-color-scheme: dark) { :root { --ground: #14171a; --ink: #e6e8eb; --faint: #9aa4ad; --rule: #2c3238; --s0: #aab2ba;
   --s1: #58a6ff; --s2: #ff8c4b; --s3: #2bd4a0; --s4: #e8a0c8; --s5: #e3b341; --s6: #8fd0ff; --s7: #b392f0; --s8: #d9a07b; --s9: #81c784;
-  --s10: #f48fb1; --s11: #9fa8da; } }
+  --s10: #f48fb1; --s11: #9fa8da; --s12: #4dd0e1; --s13: #bcaaa4; --s14: #dce775; --s15: #f06292; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 70rem; padding: 1.2rem 1rem 4rem; background: var(--ground); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
@@ -83,7 +87,7 @@ def write_page(report: Report, path: Path, command: str, best: str | None = None
         command: the command line that made it.
         best: the sentence on the best row within a bound, if one was asked for.
     """
-    rows = report["rows"]
+    rows, what = report["rows"], scored_by(report)
     names = {id(row): index % _COLOURS for index, row in enumerate(rows)}
     how = {name: report[name] for name in ("teacher", "seed", "episodes", "config", "versions", "commit")}
     parts = [
@@ -92,11 +96,11 @@ def write_page(report: Report, path: Path, command: str, best: str | None = None
         f'<p class="best">{escape(best)}</p>' if best else "",
         "<h2>Ways of acting</h2>",
         f'<div class="wide">{_table(report)}</div>',
-        '<p class="faint">vs baseline: ratio of mean returns on the same episodes, with a paired bootstrap interval. '
+        f'<p class="faint">vs baseline: ratio of {_MEANS[what]} on the same episodes, with a paired bootstrap interval. '
         "Calls: planner calls per episode. Latency: one environment, warm-up left out.</p>",
-        "<h2>Return against planner calls saved</h2>",
+        f"<h2>{what.capitalize()} against planner calls saved</h2>",
         _key(rows, names),
-        _front(rows, names),
+        _front(rows, names, what),
         "<h2>As plans age</h2>",
         *(_by_age(rows, names, field, label) for field, label in (("reward_mean", "mean reward"), ("mismatch_mean", "mean mismatch"))),
         "<h2>One episode</h2>",
@@ -121,7 +125,9 @@ def _subtitle(report: Report) -> str:
 
 def _table(report: Report) -> str:
     chosen = report.get("best", {}).get("row")
-    lines = ["<tr>" + "".join(f"<th>{name}</th>" for name in _COLUMNS) + "</tr>"]
+    refines = "refine" in report["config"]  # else iterations are calls times a constant
+    columns = [name for name in _COLUMNS if name != _ITERATIONS or refines]
+    lines = ["<tr>" + "".join(f"<th>{name}</th>" for name in columns) + "</tr>"]
     for index, row in enumerate(report["rows"]):
         rates = [row[name] for name in ("accept_rate", "correct_rate", "replan_rate")]
         cells = [
@@ -132,6 +138,7 @@ def _table(report: Report) -> str:
             _interval(row["return_vs_baseline_ci95"], 100, ".1f"),
             f"{row['planner_calls_per_episode']:.1f}",
             f"{row['calls_saved']:.0%}",
+            *([f"{row['planner_iterations_per_episode']:.0f}"] if refines else []),
             "–" if rates[0] is None else " / ".join(f"{rate:.0%}" for rate in rates),
             f"{row['step_ms_p50']:.1f}",
             f"{row['step_ms_p99']:.1f}",
@@ -152,20 +159,20 @@ def _key(rows: list[Row], names: dict[int, int]) -> str:
     )
 
 
-def _front(rows: list[Row], names: dict[int, int]) -> str:
+def _front(rows: list[Row], names: dict[int, int], what: str) -> str:
     shown = [row for row in rows if row["return_vs_baseline"] is not None]
     if not shown:
-        return '<p class="faint">The baseline has no positive return to compare with.</p>'
+        return f'<p class="faint">The baseline has no positive {what} to compare with.</p>'
     bounds = [bound for row in shown for bound in row["return_vs_baseline_ci95"] or (row["return_vs_baseline"],)]
     low, high = min(bounds), max(bounds)
     margin = 0.06 * (high - low) + 0.01
     chart = Chart(
-        (-0.03, 1.03), (low - margin, high + margin), "planner calls saved", "return vs baseline", "{:.0%}".format, "{:.0%}".format
+        (-0.03, 1.03), (low - margin, high + margin), "planner calls saved", f"{what} vs baseline", "{:.0%}".format, "{:.0%}".format
     )
     chart.level(1.0)
     chart.line([(row["calls_saved"], row["return_vs_baseline"]) for row in pareto_front(rows)], 0, dashed=True)
     for row in shown:
-        title = f"{row_label(row)}: {row['return_vs_baseline']:.1%} of the baseline's return, {row['calls_saved']:.0%} of the calls saved"
+        title = f"{row_label(row)}: {row['return_vs_baseline']:.1%} of the baseline's {what}, {row['calls_saved']:.0%} of the calls saved"
         chart.point(row["calls_saved"], row["return_vs_baseline"], names[id(row)], title, row["return_vs_baseline_ci95"], beside(row))
     return chart.svg()
 
