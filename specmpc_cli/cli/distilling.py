@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from specmpc_cli.workflows.acting import Workbench
     from specmpc_cli.workflows.calibrate import Calibration
     from specmpc_cli.workflows.fit_corrector import Fitted
-    from specmpc_cli.workflows.store import FittedCorrector, Store
+    from specmpc_cli.workflows.store import FittedCorrector
 
 
 @common_options
@@ -121,9 +121,10 @@ def fit_corrector(
         check_promise(max_return_loss, promise_over, bench.spec.has_success)
     elif calibrate_episodes is not None:
         raise ConfigError("--calibrate-episodes has no meaning without --max-return-loss; leave it out")
-    for old in store.correctors(bench.teacher, archs)[0]:
-        if old.facts.calibrated and old.source == "store":
-            out.note(f"note: the {old.arch} corrector in the store, and its calibrated gate, will be replaced")
+    promised = [old.arch for old in store.correctors(bench.teacher, archs)[0] if old.facts.calibrated and old.source == "store"]
+    for name in promised:
+        when = "" if max_return_loss is None else " if the new one keeps its promise"
+        out.note(f"note: the {name} corrector in the store, and its calibrated gate, will be replaced{when}")
     shards = store.newest_dataset(bench.teacher)
     folder = shards[0].path.parent
     out.note(f"data: {folder} ({sum(shard.rows for shard in shards)} rows from {len(shards)} episodes)")
@@ -144,14 +145,17 @@ def fit_corrector(
     ways = [Way(Mode.CORRECTED, DEFAULT_HORIZON, as_corrector(bench, one)) for one in fitted]
     prepare_acting(out, bench, ways, max(envs_for(promise_over), NOISE_SAMPLE))
     noise = measure_label_noise(bench, shards, seed=common.seed)
-    folders = [save(store, bench, network, noise) for network in fitted]
+    waiting = promised if max_return_loss is not None else []  # what carries a promise stays until a new one is kept
+    for one in fitted:
+        if one.network.arch not in waiting:
+            save(store, bench, one, noise)
     out.table(fit_table(fitted, noise))
     out.say(f"label noise: {noise_floor(noise)}")
-    for path in folders:
-        out.say(f"{path.name}: {path}")
+    for one in fitted:
+        out.say(f"{one.network.arch}: {store.corrector_folder(one.network.arch)}")
     calibrated: dict[str, Calibration] = {}
     if max_return_loss is not None:
-        for one, calibration in _calibrate(common, out, store, bench, fitted, max_return_loss, promise_over):
+        for one, calibration in _calibrate(common, out, bench, fitted, max_return_loss, promise_over, waiting):
             save(store, bench, one, noise, calibration)
             calibrated[one.network.arch] = calibration
     out.document(
@@ -163,7 +167,7 @@ def fit_corrector(
             "correctors": [
                 {
                     "arch": one.network.arch,
-                    "path": str(path),
+                    "path": str(store.corrector_folder(one.network.arch)),
                     "parameters": one.parameters,
                     "validation_error": one.fit.best.validation_error,
                     "planned_error": one.fit.planned_error,
@@ -171,7 +175,7 @@ def fit_corrector(
                     "curve": [asdict(line) for line in one.fit.curve],
                     "calibration": calibrated[one.network.arch].as_json() if one.network.arch in calibrated else None,
                 }
-                for one, path in zip(fitted, folders, strict=True)
+                for one in fitted
             ],
         }
     )
@@ -184,12 +188,22 @@ def noise_floor(noise: float) -> str:
 
 
 def _calibrate(
-    common: Common, out: Output, store: "Store", bench: "Workbench", fitted: "list[Fitted]", max_return_loss: float, episodes: int
+    common: Common,
+    out: Output,
+    bench: "Workbench",
+    fitted: "list[Fitted]",
+    max_return_loss: float,
+    episodes: int,
+    waiting: list[str],
 ) -> "Iterator[tuple[Fitted, Calibration]]":
-    """The fitted correctors that found a gate, each as soon as it has; says what was tried. Raises CalibrationFailed if none did."""
+    """The fitted correctors that found a gate, each as soon as it has; says what was tried. Raises CalibrationFailed if none did.
+
+    Those of the architectures `waiting` are in no store yet.
+    """
     from specmpc_cli.cli.tables import calibration_table, percent
     from specmpc_cli.errors import CalibrationFailed
     from specmpc_cli.workflows.calibrate import Calibrator
+    from specmpc_cli.workflows.fit_corrector import as_saved
 
     found: dict[str, Calibration] = {}
     failures = []
@@ -209,10 +223,11 @@ def _calibrate(
         ) as calibrator:
             for one in fitted:
                 arch = one.network.arch
-                try:  # the corrector as its file has it, in half precision
-                    found[arch] = calibrator.calibrate(store.corrector(bench.teacher, arch), one.shards)
+                try:
+                    found[arch] = calibrator.calibrate(as_saved(bench, one), one.shards)
                 except CalibrationFailed as failure:
-                    failures.append(str(failure))
+                    stays = "; the store keeps its earlier corrector and that one's gate" if arch in waiting else ""
+                    failures.append(f"{failure}{stays}")
                 else:
                     yield one, found[arch]
     for failure in failures if found else failures[1:]:

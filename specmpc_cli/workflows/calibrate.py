@@ -38,6 +38,7 @@ TUNE_MARGIN = 0.5
 FALLBACK_SHARES = (0.03, 0.06, 0.12, 0.25, 0.5)  # of the steps of a run without a gate: where thresholds are tried
 AGES = (16, 12, 9, 7, 5, 4, 3, 2)
 OWN_SPREAD, AUDIT_CONFIDENCE = 0.95, 0.9
+NO_SPREAD = 1e-5  # of the mean: returns that differ by less, by rounding, say no more than equal ones about episodes that were not seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +130,9 @@ def check_hope(max_return_loss: float, episodes: int, tuned: np.ndarray, has_suc
             f"success needs {needed} successes: take --calibrate-episodes {math.ceil(needed / tuned.mean())} or more, or allow more "
             "with --max-return-loss"
         )
-    if not has_success and np.ptp(tuned) == 0 and episodes < needed:
+    if not has_success and np.ptp(tuned) <= NO_SPREAD * tuned.mean() and episodes < needed:
         raise CalibrationFailed(
-            f"plain replanning returns {tuned[0]:.6g} in each of {len(tuned)} episodes: without spread only counting helps, and "
+            f"plain replanning returns {tuned[0]:.4g} in each of {len(tuned)} episodes: without spread only counting helps, and "
             f"a promise of {max_return_loss:.2g} needs --calibrate-episodes {needed} or more, got {episodes}"
         )
 
@@ -235,8 +236,8 @@ class Calibrator:
         if tested:
             figures = " and ".join(f"saving {one.calls_saved:.0%} keeps {one.kept:.1%} (at least {one.at_least:.1%})" for one in tested)
             return (
-                f"{bound} on {len(self._fresh)} fresh episodes: {figures}; "
-                "collect another round, or, with another --seed, take more --calibrate-episodes or allow more with --max-return-loss"
+                f"{bound} on {len(self._fresh)} fresh episodes: {figures}; these are fresh no longer, so try again with another --seed: "
+                "after another round of collect, with more --calibrate-episodes, or with a larger --max-return-loss"
             )
         best = max(tuned, key=lambda trial: trial.kept)
         figures = f"the best of {len(tuned)} tried keeps {best.kept:.1%} over {best.episodes} episodes and saves {best.calls_saved:.0%}"
@@ -336,4 +337,4 @@ def kept_at_least(score: np.ndarray, reference: np.ndarray, success: bool) -> fl
     interval = ratio_ci95(score, reference)
     assert interval is not None
     low, high = interval
-    return low if high > low else low - lost_share_bound(0, len(score), CONFIDENCE)
+    return low if high - low > NO_SPREAD else low - lost_share_bound(0, len(score), CONFIDENCE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -78,11 +79,17 @@ def as_corrector(bench: Workbench, fitted: Fitted) -> FittedCorrector:
     return FittedCorrector(fitted.network, uncalibrated(bench), "memory", folder)
 
 
+def as_saved(bench: Workbench, fitted: Fitted) -> FittedCorrector:
+    """The same as its file would have it, in half precision."""
+    return as_corrector(bench, replace(fitted, network=copy.deepcopy(fitted.network).half().float()))
+
+
 def save(store: Store, bench: Workbench, fitted: Fitted, noise: float, calibration: Calibration | None = None) -> Path:
     """Puts a fitted corrector into the store, with the data, settings and calibration that made it; → its folder."""
     facts = uncalibrated(bench)
     if calibration is not None:
-        facts = replace(facts, gate=calibration.promise.rule, promised_with=bench.config.acting_settings())
+        promised_with = bench.config.acting_settings() | {"dtype": bench.runtime.dtype_name}
+        facts = replace(facts, gate=calibration.promise.rule, promised_with=promised_with)
     origin = {
         "made_by": "specmpc fit-corrector",
         "dataset": fitted.shards[0].path.parent.name,

@@ -165,6 +165,9 @@ class Store:
             f"{why}; make one with 'specmpc collect --task {self.task}' and 'specmpc fit-corrector --task {self.task} --arch {arch}'"
         )
 
+    def corrector_folder(self, arch: str) -> Path:
+        return self.folder / "correctors" / arch
+
     def _corrector(self, arch: str, source: str) -> FittedCorrector | None:
         root = self.folder if source == "store" else zoo_root() / self.task
         path = root / "correctors" / arch / "model.safetensors"
@@ -180,7 +183,7 @@ class Store:
         metrics: list[dict[str, Any]],
     ) -> Path:
         """Writes a corrector's three files, the weights last."""
-        folder = self.folder / "correctors" / network.arch
+        folder = self.corrector_folder(network.arch)
         write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         write_whole(folder / "metrics.jsonl", _jsonl(metrics))
         save_corrector(network, folder / "model.safetensors", facts)

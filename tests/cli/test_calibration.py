@@ -79,6 +79,14 @@ def test_a_calibrated_gate_is_kept_and_used(paid: Command) -> None:
     lighter = paid("eval", "--mode", "adaptive", "--episodes", "1", "--set", "planner.num_samples=16")
     assert "a plan lives at most 20 steps" in lighter.err and "no promise holds here" in lighter.err
 
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    stricter = paid("fit-corrector", "--arch", "two-tower", "--max-return-loss", "0.000001")
+    assert stricter.code == 2 and "will be replaced if the new one keeps its promise" in stricter.err
+    assert "; the store keeps its earlier corrector and that one's gate" in stricter.err.splitlines()[-1]
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    by_hand = paid("eval", "--mode", "adaptive", "--episodes", "1", "--replan-above", "1e9")
+    assert "replaced by thresholds given by hand: no promise holds here" in by_hand.err
+
     again = paid("fit-corrector", "--arch", "two-tower", "--json")
     assert "its calibrated gate, will be replaced" in again.err
     document = again.document  # without a promise there is no gate any more

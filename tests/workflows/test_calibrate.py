@@ -193,6 +193,8 @@ def test_promises_that_plain_replanning_leaves_no_room_for_are_refused_before_an
         calibrate(monkeypatch, 0.1, episodes=40, has_success=True, success=lambda slips, seed: seed % 3 > 0)
     with pytest.raises(CalibrationFailed, match="returns 400 in each of 6 episodes: .* needs --calibrate-episodes 183 or more"):
         calibrate(monkeypatch, 0.02, noise_scale=0.0)
+    with pytest.raises(CalibrationFailed, match="returns 400 in each of 6 episodes"):
+        calibrate(monkeypatch, 0.02, noise_scale=1e-4)
 
 
 def test_a_gate_that_saves_nothing_is_no_gate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,6 +225,8 @@ def test_episodes_without_spread_are_no_certainty() -> None:
     """20 equal pairs leave room for 17 % of episodes that lose all they have; a spread is bootstrapped."""
     same = np.full(20, 1000.0)
     assert kept_at_least(same, same, success=False) == pytest.approx(1 - 0.1684, abs=1e-4)
+    jittered = same + np.random.default_rng(0).normal(0, 1e-4, 20)  # rounding is no knowledge
+    assert kept_at_least(jittered, same, success=False) == pytest.approx(1 - 0.1684, abs=1e-4)
     noisy = same + np.random.default_rng(0).normal(0, 10, 20)
     assert 0.98 < kept_at_least(noisy, same, success=False) < 1.0
     lost = np.r_[np.zeros(2), np.ones(38)]
