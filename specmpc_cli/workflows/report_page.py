@@ -124,7 +124,7 @@ def _subtitle(report: Report) -> str:
 
 
 def _table(report: Report) -> str:
-    chosen = report.get("best", {}).get("row")
+    chosen = report.get("best", {}).get("row") or None  # the baseline is chosen where no row is
     refines = "refine" in report["config"]  # else iterations are calls times a constant
     columns = [name for name in _COLUMNS if name != _ITERATIONS or refines]
     lines = ["<tr>" + "".join(f"<th>{name}</th>" for name in columns) + "</tr>"]
