@@ -174,16 +174,18 @@ def own_settings(way: Way, config: Config) -> str | None:
 def broken_promise(way: Way, config: Config, dtype: str) -> str | None:
     """What to tell the user if this way's corrector carries a calibrated gate whose promise does not hold here: the way follows another
     gate, or settings or dtype (`bf16`, `fp32`) are not those that the gate was calibrated with."""
-    if way.mode is not Mode.ADAPTIVE or way.corrector is None or way.corrector.facts.promised_with is None:
+    if way.mode is not Mode.ADAPTIVE or way.corrector is None or way.rule is None:
         return None
     facts, whose = way.corrector.facts, f"the {way.corrector.arch} corrector's gate"
-    assert way.rule is not None
+    if facts.promised_with is None:
+        return None
     if way.rule != replace(facts.gate, horizon=min(way.rule.horizon, facts.gate.horizon)):
         return f"{whose} is replaced by thresholds given by hand: no promise holds here"
-    promised_with = {"dtype": dtype, **facts.promised_with}  # older files say nothing of the dtype
-    if promised_with.pop("dtype") != dtype:
-        return f"{whose} was calibrated in {facts.promised_with['dtype']} and acts in {dtype}: no promise holds here"
-    if _binding(promised_with) != _binding(config.acting_settings()):
+    settings = dict(facts.promised_with)
+    promised_in = settings.pop("dtype", dtype)  # older files say nothing of it
+    if promised_in != dtype:
+        return f"{whose} was calibrated in {promised_in} and acts in {dtype}: no promise holds here"
+    if _binding(settings) != _binding(config.acting_settings()):
         return f"{whose} was calibrated with other settings of planner, speculation or refine: no promise holds here"
     return None
 
