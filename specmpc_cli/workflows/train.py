@@ -82,7 +82,7 @@ def _facts(
     settings: Sequence[str],
 ) -> TrainFacts:
     """What the options ask for; what they leave out is as in the saved training. Raises ConfigError."""
-    config = old.config if old and not presets and not settings else kept_config(load_config(presets, settings))
+    config = kept_config(load_config(presets, settings, base=old.config if old else None))
     if size is None:
         size = old.size if old else DEFAULT_SIZE
     if size not in MODEL_SIZES:

@@ -101,6 +101,8 @@ def test_options_left_out_are_those_of_the_saved_training(tmp_path: Path) -> Non
     begin(tmp_path, num_envs=2).run(120, Watcher())
     continued = begin(tmp_path, settings=[])
     assert continued.facts.num_envs == 2 and continued.config.train.batch_size == 8
+    one_more = begin(tmp_path, settings=["train.eval_every=5000"])
+    assert one_more.config.train.batch_size == 8 and one_more.config.planner.iterations == 1 and not one_more.notes
 
 
 def test_settings_that_change_nothing_learned_may_change(tmp_path: Path) -> None:
