@@ -64,13 +64,28 @@ class GymnasiumSimulator:
         return np.asarray(flatten(self._space, obs))
 
 
+class _NewWorldAtReset(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Gives BipedalWalker a new Box2D world for each episode, as LunarLander does itself.
+
+    In a used world contacts are solved in another order, and an episode is not the one that its seed gives in a fresh environment.
+    """
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        from Box2D import b2World
+
+        walker: Any = self.env.unwrapped
+        walker._destroy()  # bodies belong to their world
+        walker.world = b2World()
+        return super().reset(seed=seed, options=options)
+
+
 def make_simulator(task: str) -> GymnasiumSimulator:
     """The simulator of one of the four tasks."""
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # Box2D's tasks import it, and it greets on standard output
     name, options, success = _TASKS[task]
     with _deprecations_hidden():
         env = gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True, **options)
-    return GymnasiumSimulator(env, success)
+    return GymnasiumSimulator(_NewWorldAtReset(env) if task == "bipedal-walker" else env, success)
 
 
 @contextmanager
