@@ -21,6 +21,10 @@ class AssetsMissing(SuiteNotInstalled):
     """A task whose suite is installed and whose assets have not been downloaded."""
 
 
+class SimulationDiverged(SpecMPCError):
+    """A simulator whose state is no longer finite."""
+
+
 class CheckpointError(SpecMPCError):
     """A teacher or corrector file that is missing, foreign, damaged or does not fit."""
 

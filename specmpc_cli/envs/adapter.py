@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import gymnasium
 import numpy as np
 
-from specmpc_cli.errors import SpecMPCError
+from specmpc_cli.errors import SimulationDiverged
 from specmpc_cli.types import EnvSpec
 
 Script = Callable[[np.ndarray], np.ndarray]  # a scripted policy: observation [O] → action [A] in [-1, 1]
@@ -38,7 +38,9 @@ class Simulator(Protocol):
         """Begins the episode that this seed names; the same seed gives the same episode."""
         ...
 
-    def step(self, action: np.ndarray) -> RawStep: ...
+    def step(self, action: np.ndarray) -> RawStep:
+        """One step. Raises SimulationDiverged, with the simulator's own reason, where it notices by itself."""
+        ...
 
     def render(self, height: int, width: int) -> np.ndarray:
         """An RGB frame, uint8 [height, width, 3]."""
@@ -55,7 +57,7 @@ class TaskEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     suite's success flag at this step. `reset(seed=...)` reproduces an episode exactly; without a seed, the next one follows the last.
 
     Raises:
-        SpecMPCError: the simulator returned an observation or reward that is not finite.
+        SimulationDiverged: the simulator gave up, or returned an observation or reward that is not finite.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 25}  # noqa: RUF012 (Gymnasium's own spelling)
@@ -79,17 +81,17 @@ class TaskEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         native = self._centre + self._half_range * np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0)
-        raw = self.simulator.step(native)
+        self._steps += 1
+        raw = self._raw_step(native)
         reward = float(raw.reward)
         for _ in range(self.task_spec.action_repeat - 1):
             if raw.terminated or raw.truncated:
                 break
-            raw = self.simulator.step(native)
+            raw = self._raw_step(native)
             reward += float(raw.reward)
-        self._steps += 1
         obs = self._checked(raw.obs)
         if not np.isfinite(reward):
-            raise SpecMPCError(f"{self.task_spec.task}: the reward at step {self._steps} is {reward}; the simulation diverged")
+            raise self._diverged(f"the reward is {reward}")
         terminated = raw.terminated and self.task_spec.episodic
         ended_otherwise = (raw.terminated or raw.truncated) and not terminated
         truncated = ended_otherwise or self._steps >= self.task_spec.decisions
@@ -102,11 +104,21 @@ class TaskEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def close(self) -> None:
         self.simulator.close()
 
+    def _raw_step(self, native: np.ndarray) -> RawStep:
+        try:
+            return self.simulator.step(native)
+        except SimulationDiverged as error:
+            raise self._diverged(str(error)) from None
+
     def _checked(self, obs: np.ndarray) -> np.ndarray:
         flat = np.asarray(obs, dtype=np.float32).ravel()
         if not np.isfinite(flat).all():
             index = int(np.flatnonzero(~np.isfinite(flat))[0])
-            raise SpecMPCError(
-                f"{self.task_spec.task}: observation {index} at step {self._steps} is {flat[index]}; the simulation diverged"
-            )
+            raise self._diverged(f"observation {index} is {flat[index]}")
         return flat
+
+    def _diverged(self, what: str) -> SimulationDiverged:
+        return SimulationDiverged(
+            f"{self.task_spec.task}: the simulation diverged at step {self._steps} of the episode with seed {self._seed}: {what}; "
+            "other episodes are those of another --seed"
+        )

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from specmpc_cli.envs.adapter import RawStep
+from specmpc_cli.errors import SimulationDiverged
 
 with warnings.catch_warnings():
     # dm_control looks for a window system at import; on a machine without a screen GLFW warns, and other backends render.
     warnings.filterwarnings("ignore", module="glfw")
     from dm_control import suite
-    from dm_control.rl.control import Environment
+    from dm_control.rl.control import Environment, PhysicsError
 
     from specmpc_cli.envs.dmcontrol_custom import CUSTOM_TASKS
 
@@ -41,7 +42,10 @@ class DMControlSimulator:
         return _flatten(self._env.reset().observation)
 
     def step(self, action: np.ndarray) -> RawStep:
-        step = self._env.step(action)
+        try:
+            step = self._env.step(action)
+        except PhysicsError as error:
+            raise SimulationDiverged(" ".join(str(error).split())) from None
         return RawStep(_flatten(step.observation), step.reward, truncated=step.last())
 
     def render(self, height: int, width: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import pytest
 
 from specmpc_cli.envs.adapter import TaskEnv
 from specmpc_cli.envs.registry import TASK_SETS, TASKS, lookup, make_env, make_script
-from specmpc_cli.errors import AssetsMissing, ConfigError, SpecMPCError, SuiteNotInstalled, UnknownTask
+from specmpc_cli.errors import AssetsMissing, ConfigError, SimulationDiverged, SuiteNotInstalled, UnknownTask
 from specmpc_cli.workflows.list_tasks import list_tasks
 from tests.fakes import CountingSimulator, counting_envs
 
@@ -188,8 +188,18 @@ def test_values_that_are_not_finite_stop_the_episode_with_task_and_step(field: s
     step = env.simulator.step
     broken = {"obs": np.array([value, 1.0])} if field == "obs" else {"reward": value}
     env.simulator.step = lambda action: step(action)._replace(**broken)  # type: ignore[method-assign]
-    with pytest.raises(SpecMPCError, match="counting.*step 2"):
+    with pytest.raises(SimulationDiverged, match="counting: the simulation diverged at step 2 of the episode with seed 0"):
         env.step(np.zeros(1))
+
+
+def test_a_diverged_dmcontrol_simulation_is_named_with_mujocos_own_warning() -> None:
+    env = make_env("cartpole-balance")
+    env.reset(seed=3)
+    env.simulator._env.physics.data.qvel[:] = 1e300  # type: ignore[attr-defined]
+    with pytest.raises(SimulationDiverged, match="cartpole-balance: .* step 1 of the episode with seed 3: .*mjWARN_BAD.*another --seed"):
+        env.step(np.ones(1))
+    assert np.isfinite(env.reset(seed=3)[0]).all()
+    env.close()
 
 
 def test_a_suites_own_end_counts_as_truncation_unless_the_task_may_terminate() -> None:
