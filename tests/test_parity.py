@@ -19,7 +19,7 @@ from specmpc_cli.engine.official import load_official, read_official
 from specmpc_cli.engine.planner import PlannerNoise, PlannerSettings, Search, plan
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.learning.learner import Learner, LearnerSettings
-from specmpc_cli.learning.losses import Batch, LossSettings, UpdateNoise
+from specmpc_cli.learning.losses import Batch, LossSettings, UpdateNoise, draw_policy
 from specmpc_cli.runtime import choose_runtime
 
 VECTORS = Path(os.environ.get("SPECMPC_VECTORS") or Path(__file__).parent / "data" / "vectors")
@@ -57,6 +57,13 @@ def close(ours: Tensor, recorded: Tensor, tolerance: float = FORWARD) -> None:
     torch.testing.assert_close(ours, recorded, rtol=tolerance, atol=tolerance)
 
 
+def expect_dims(model: WorldModel, config: dict[str, Any]) -> None:
+    """Every size that was read off the tensors, and the ranges that no file holds, are those of the recording."""
+    names = ("latent_dim", "mlp_dim", "enc_dim", "num_enc_layers", "num_q", "episodic", "num_bins", "vmin", "vmax", "simnorm_dim")
+    for name in (*names, "log_std_min", "log_std_max", "task_dim"):
+        assert getattr(model.dims, name) == config[name], name
+
+
 @pytest.fixture(scope="module", params=CASES, ids=lambda path: path.name)
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
@@ -70,6 +77,7 @@ def test_there_are_vectors() -> None:
 def test_forward_passes(case: Case) -> None:
     """The whole model, which for a task set has an embedding and masks."""
     model = case.whole
+    expect_dims(model, case.config)
     z, a = case.get("z"), case.get("in_action")
     task = None if case.member is None else torch.full((len(z),), case.member)
     close(model.encode(case.get("in_obs"), task), z)
@@ -84,6 +92,10 @@ def test_forward_passes(case: Case) -> None:
     mean, log_std = model.pi(z, task)
     close(torch.tanh(mean), case.get("pi_mean"))
     close(log_std, case.get("pi_log_std"))
+    action, entropy, scaled_entropy = draw_policy(model, z, case.get("pi_eps"), task)
+    close(action, case.get("pi_action"))
+    close(entropy.unsqueeze(-1), case.get("pi_entropy"))
+    close(scaled_entropy.unsqueeze(-1), case.get("pi_scaled_entropy"))
     if model.termination_net is not None:
         logit = model.termination_net(model.with_task(z, task))
         close(torch.sigmoid(logit), case.get("termination_prob"))
@@ -147,7 +159,9 @@ def test_two_updates(name: str) -> None:
     def get(key: str) -> Tensor:
         return torch.from_numpy(values[key])
 
-    model = read_official(VECTORS / f"{name}.pt")
+    newer, older = VECTORS / f"{name}.pt", VECTORS / f"{name}.old-format.pt"  # of the same weights
+    model = read_official(newer if newer.exists() else older)
+    expect_dims(model, config)
     names = ("rho", "consistency_coef", "reward_coef", "value_coef", "termination_coef", "entropy_coef", "tau")
     discounts = config["discount"] if config["multitask"] else None
     losses = LossSettings(discount=0.0 if discounts else config["discount"], **{name: config[name] for name in names})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specmpc_cli.engine.correctors import CORRECTORS, BaseCorrector, CorrectorDims, build_corrector
 from specmpc_cli.engine.gate import GateRule
-from specmpc_cli.engine.official import infer_dims, load_weights
+from specmpc_cli.engine.official import infer_dims, load_weights, log_std_range
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.errors import CheckpointError
 from specmpc_cli.files import write_whole
@@ -39,7 +39,8 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
 def save_world_model(model: WorldModel, path: Path, dtype: torch.dtype = torch.float32) -> str:
     """Writes the weights, rounded to `dtype`, and returns the SHA-256 of what `load_world_model` will give back (always fp32)."""
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    _save(state, path, {"kind": TEACHER_KIND})
+    low, high = model.dims.log_std_min, model.dims.log_std_max
+    _save(state, path, {"kind": TEACHER_KIND, "log_std_min": str(low), "log_std_dif": str(high - low)})
     return weights_sha256({name: tensor.float() for name, tensor in state.items()})
 
 
@@ -48,7 +49,7 @@ def load_world_model(path: Path) -> tuple[WorldModel, str]:
     state, metadata = _load(path)
     _expect_kind(metadata, TEACHER_KIND, path)
     state = {name: tensor.float() for name, tensor in state.items()}
-    model = WorldModel(infer_dims(state, path.name))
+    model = WorldModel(replace(infer_dims(state, path.name), **log_std_range(metadata, path.name)))
     load_weights(model, state, path.name)
     return model.requires_grad_(False).eval(), weights_sha256(state)
 

@@ -9,10 +9,13 @@ A multi-task checkpoint becomes the single-task model of one member (`WorldModel
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import re
 import struct
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -96,7 +99,7 @@ def read_official(path: Path) -> WorldModel:
     ours = _rename(state)
     if not ours:
         raise CheckpointError(f"{path.name} holds no TD-MPC2 weights: none of its {len(state)} tensors has a known name")
-    dims = infer_dims(ours, path.name)
+    dims = replace(infer_dims(ours, path.name), **log_std_range(state, path.name))
     if dims.num_tasks:
         # The older layout may lack the masks; then no dimension is known to be padding.
         ours.setdefault("action_masks", torch.ones(dims.num_tasks, dims.action_dim))
@@ -128,7 +131,23 @@ def read_tensors(path: Path) -> State:
 
 
 def _is_plain(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex()
+    """Whether this is a dense tensor of real numbers that are all in the file (strides can claim more numbers than there are)."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_complex() or value.is_quantized:
+        return False
+    return value.untyped_storage().nbytes() >= value.numel() * value.itemsize
+
+
+def log_std_range(values: Mapping[str, Tensor | str], name: str) -> dict[str, float]:
+    """The range of the policy prior's log-std: the newer layout holds it, the older one has the official default."""
+    try:
+        low, width = float(values["log_std_min"]), float(values["log_std_dif"])
+    except KeyError:
+        return {}
+    except (RuntimeError, ValueError):
+        low, width = math.nan, math.nan
+    if not (math.isfinite(low) and math.isfinite(width) and width > 0):
+        raise CheckpointError(f"{name}: log_std_min and log_std_dif must be two numbers, the second above 0; the checkpoint is damaged")
+    return {"log_std_min": low, "log_std_max": low + width}
 
 
 def load_weights(model: WorldModel, state: State, name: str) -> None:
@@ -167,9 +186,14 @@ def infer_dims(state: State, name: str) -> WorldModelDims:
         )
         if min(dims.obs_dim, dims.action_dim, dims.latent_dim) < 1:
             raise ValueError("its layers' inputs, which do not fit each other")
-        return dims
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{name} is not a complete TD-MPC2 world model: cannot read {error}") from None
+    if dims.latent_dim % dims.simnorm_dim:
+        raise CheckpointError(f"{name} has latents of {dims.latent_dim} dimensions; SimNorm needs a multiple of {dims.simnorm_dim}")
+    for what, number in (("Q-heads", dims.num_q), ("bins of reward and value", dims.num_bins)):
+        if number < 2:
+            raise CheckpointError(f"{name} has {number} {what}; at least 2 are needed")
+    return dims
 
 
 def _layers(state: State, net: str) -> list[int]:
@@ -202,8 +226,8 @@ def official_state(model: WorldModel) -> State:
         return {key.replace(f"{net}.", f"{prefix}.", 1): value.clone() for key, value in ours.items() if key.startswith(f"{net}.")}
 
     state: State = {"_action_masks": ours["action_masks"].clone()} if d.num_tasks else {}
-    state["log_std_min"] = torch.tensor(int(d.log_std_min))
-    state["log_std_dif"] = torch.tensor(int(d.log_std_max - d.log_std_min))
+    for name, value in (("log_std_min", d.log_std_min), ("log_std_dif", d.log_std_max - d.log_std_min)):
+        state[name] = torch.tensor(int(value) if value == int(value) else value)
     for net, prefix in (("task_emb", "_task_emb"), ("encoder", "_encoder.state"), ("dynamics", "_dynamics"), ("reward_net", "_reward")):
         state |= renamed(net, prefix)
     state |= renamed("termination_net", "_termination") | renamed("pi_net", "_pi")

@@ -121,15 +121,7 @@ def policy_loss(model: WorldModel, z: Tensor, noise: UpdateNoise, scale: Tensor,
     The caller keeps gradients from the Q-heads' weights (learner.py): only the policy is to learn from this.
     """
     task = batch.task
-    mean, log_std = model.pi(z, task)
-    eps = model.mask_action(noise.pi_eps, task)
-    action = torch.tanh(mean + eps * torch.exp(log_std))
-    # The official code sums over padded dimensions too; each adds a constant.
-    gaussian = (-0.5 * eps.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)  # [H+1, B]
-    entropy = -(gaussian - torch.log(F.relu(1 - action.square()) + 1e-6).sum(-1))
-    dimensions = action.shape[-1] if model.task_emb is None else model.action_masks[task].sum(-1)
-    scaled_entropy = -gaussian * dimensions  # before squashing, times A, as the official code has it
-
+    action, entropy, scaled_entropy = draw_policy(model, z, noise.pi_eps, task)
     za = torch.cat([model.with_task(z, task), action], dim=-1).flatten(0, 1)
     values = model.decode(model.q.drawn_logits(za, noise.pi_q_index, noise.pi_q_mask)).mean(0).view_as(entropy)  # [H+1, B]
     scale = torch.lerp(scale, percentile_range(values[0].detach()).clamp(min=1.0), s.tau)
@@ -139,6 +131,21 @@ def policy_loss(model: WorldModel, z: Tensor, noise: UpdateNoise, scale: Tensor,
         distance = (action[:-1] - batch.action).square().sum(-1)  # [H, B]
         total = total + s.demonstration_coef * ((distance * batch.demonstrated).mean(1) * weight[:-1]).mean()
     return PolicyLoss(total, entropy.mean().detach(), scaled_entropy.mean().detach(), scale)
+
+
+def draw_policy(model: WorldModel, z: Tensor, eps: Tensor, task: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The policy prior's draw at z [..., Z] for standard normal eps [..., A]: action [..., A], its entropy and scaled entropy [...].
+
+    The scaled one is before squashing, times the task's number of action dimensions, as the official code has it.
+    """
+    mean, log_std = model.pi(z, task)
+    eps = model.mask_action(eps, task)
+    action = torch.tanh(mean + eps * torch.exp(log_std))
+    # The official code sums over padded dimensions too; each adds a constant.
+    gaussian = (-0.5 * eps.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+    entropy = -(gaussian - torch.log(F.relu(1 - action.square()) + 1e-6).sum(-1))
+    dimensions = action.shape[-1] if model.task_emb is None else model.action_masks[task].sum(-1)
+    return action, entropy, -gaussian * dimensions
 
 
 def percentile_range(x: Tensor) -> Tensor:

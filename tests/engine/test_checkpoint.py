@@ -26,6 +26,7 @@ from specmpc_cli.engine.checkpoint import (
 from specmpc_cli.engine.correctors import CORRECTORS, CorrectorDims, build_corrector
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.official import load_official, official_state, read_official, save_official
+from specmpc_cli.engine.world_model import WorldModel, WorldModelDims
 from specmpc_cli.errors import CheckpointError
 from tests.conftest import DATA, make_model
 
@@ -175,6 +176,51 @@ def damaged_state(kind: str) -> dict[str, torch.Tensor]:
 def test_incomplete_and_foreign_checkpoints_are_refused(tmp_path: Path, kind: str, message: str) -> None:
     torch.save({"model": damaged_state(kind)}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=message):
+        load_official(tmp_path / "x.pt", obs_dim=4, action_dim=2)
+
+
+def tiny_state(**sizes: int) -> dict[str, torch.Tensor]:
+    """A complete model with these sizes, as an official file would hold it."""
+    dims = {"latent_dim": 16, "mlp_dim": 24, "enc_dim": 24, "num_enc_layers": 2, "num_q": 2, "simnorm_dim": 1}
+    return official_state(WorldModel(WorldModelDims(4, 2, **{**dims, **sizes})))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"latent_dim": 12}, "latents of 12 dimensions; SimNorm needs a multiple of 8"),
+        ({"num_q": 1}, "has 1 Q-heads; at least 2"),
+        ({"num_bins": 1}, "has 1 bins of reward and value; at least 2"),
+    ],
+)
+def test_sizes_that_no_tdmpc2_has_are_refused(tmp_path: Path, sizes: dict[str, int], message: str) -> None:
+    torch.save({"model": tiny_state(**sizes)}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=message):
+        load_official(tmp_path / "x.pt", obs_dim=4, action_dim=2)
+
+
+@pytest.mark.parametrize("weight", [torch.empty(4, device="meta"), torch.zeros(1).expand(10**14)])
+def test_tensors_whose_numbers_are_not_in_the_file_are_refused(tmp_path: Path, weight: torch.Tensor) -> None:
+    torch.save({"model": official_state(make_model()) | {"_pi.2.bias": weight}}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"lacks pi_net\.2\.bias"):
+        load_official(tmp_path / "x.pt", obs_dim=4, action_dim=2)
+
+
+def test_the_range_of_the_priors_log_std_is_the_files_own(tmp_path: Path) -> None:
+    state = official_state(make_model()) | {"log_std_min": torch.tensor(-5), "log_std_dif": torch.tensor(6.5)}
+    torch.save({"model": state}, tmp_path / "x.pt")
+    model = load_official(tmp_path / "x.pt", obs_dim=4, action_dim=2)
+    assert (model.dims.log_std_min, model.dims.log_std_max) == (-5.0, 1.5)
+    save_world_model(model, tmp_path / "model.safetensors")
+    assert load_world_model(tmp_path / "model.safetensors")[0].dims == model.dims
+    exported = official_state(model)
+    assert all(torch.equal(exported[name], state[name]) for name in ("log_std_min", "log_std_dif"))
+
+
+@pytest.mark.parametrize("odd", [torch.tensor(0), torch.tensor(torch.nan), torch.zeros(3)])
+def test_a_senseless_range_of_log_std_is_refused(tmp_path: Path, odd: torch.Tensor) -> None:
+    torch.save({"model": official_state(make_model()) | {"log_std_dif": odd}}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="log_std_min and log_std_dif must be two numbers"):
         load_official(tmp_path / "x.pt", obs_dim=4, action_dim=2)
 
 
