@@ -36,6 +36,13 @@ class Common:
     quiet: _QuietOption = False
 
 
+def repeated(common: Common, *names: str) -> list[str]:
+    """These common options as they would stand on a command line; those at their defaults left out."""
+    default = Common()
+    given = [name for name in names if getattr(common, name) != getattr(default, name)]
+    return [part for name in given for part in (f"--{name}", str(getattr(common, name)))]
+
+
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Gives a command whose first parameter is `common: Common` the common options on the command line."""
     own = list(inspect.signature(command).parameters.values())[1:]
@@ -51,6 +58,12 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     wrapper.__signature__ = inspect.Signature([*keyword_only, *shared])  # type: ignore[attr-defined]
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *shared]}
     return wrapper
+
+
+def is_given(context: typer.Context, option: str) -> bool:
+    """Whether an option stands on the command line, or its environment variable is set."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name != "DEFAULT"
 
 
 TaskOption = Annotated[str | None, typer.Option("--task", help="Task name; the one used last in this store if left out.")]

@@ -1,11 +1,12 @@
 """The commands about tasks and teachers: tasks, import, export, train."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from specmpc_cli.cli.options import Common, PresetOption, SetOption, TaskOption, common_options
+from specmpc_cli.cli.options import Common, PresetOption, SetOption, TaskOption, common_options, is_given, repeated
 from specmpc_cli.cli.session import describe, output_for, prepare_training, runtime_for
 from specmpc_cli.errors import ConfigError
 
@@ -69,6 +70,7 @@ def export(
 @common_options
 def train(
     common: Common,
+    context: typer.Context,
     task: TaskOption = None,
     size: Annotated[int | None, typer.Option(help="Millions of parameters: 1, 5, 19, 48 or 317; 1 if left out.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Decisions to train for, those already made included.")] = 100_000,
@@ -93,13 +95,15 @@ def train(
         store,
         runtime_for(common, out),
         steps=steps,
-        seed=common.seed,
+        seed=common.seed if is_given(context, "seed") else None,
         size=size,
         num_envs=num_envs,
         presets=preset or [],
         settings=set_ or [],
         resume=resume,
     )
+    again = ["specmpc", "train", "--task", store.task, "--resume", "--steps", str(steps)]
+    trainer.again = shlex.join([*again, *repeated(common, "store", "name", "device", "dtype"), *(["--tensorboard"] if tensorboard else [])])
     begun = trainer.counters.decisions
     how = f"continues after {begun} decisions" if begun else "begins anew"
     out.note(f"task: {store.task} · {trainer.facts.size}M model · {describe(trainer.runtime)} · {how}")

@@ -17,7 +17,7 @@ from torch import Tensor
 from specmpc_cli.engine.correctors import CORRECTORS, BaseCorrector, CorrectorDims, build_corrector
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.official import infer_dims, load_weights, log_std_range
-from specmpc_cli.engine.world_model import WorldModel
+from specmpc_cli.engine.world_model import LOG_STD_RANGE, WorldModel
 from specmpc_cli.errors import CheckpointError
 from specmpc_cli.files import write_whole
 from specmpc_cli.types import BEFORE_SETTINGS, Executes, Tail
@@ -39,8 +39,10 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
 def save_world_model(model: WorldModel, path: Path, dtype: torch.dtype = torch.float32) -> str:
     """Writes the weights, rounded to `dtype`, and returns the SHA-256 of what `load_world_model` will give back (always fp32)."""
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    low, high = model.dims.log_std_min, model.dims.log_std_max
-    _save(state, path, {"kind": TEACHER_KIND, "log_std_min": str(low), "log_std_dif": str(high - low)})
+    metadata, (low, high) = {"kind": TEACHER_KIND}, (model.dims.log_std_min, model.dims.log_std_max)
+    if (low, high) != LOG_STD_RANGE:  # safetensors orders several entries at random, and the same weights are to be the same file
+        metadata |= {"log_std_min": str(low), "log_std_dif": str(high - low)}
+    _save(state, path, metadata)
     return weights_sha256({name: tensor.float() for name, tensor in state.items()})
 
 

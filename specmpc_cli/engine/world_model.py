@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from specmpc_cli.engine.layers import Linear, LinearEnsemble, SimNorm, mlp
 from specmpc_cli.engine.twohot import two_hot_inv
 
+LOG_STD_RANGE = (-10.0, 2.0)  # of the policy prior
+
 
 @dataclass(frozen=True, slots=True)
 class WorldModelDims:
@@ -35,8 +37,8 @@ class WorldModelDims:
     vmin: float = -10.0
     vmax: float = 10.0
     simnorm_dim: int = 8
-    log_std_min: float = -10.0
-    log_std_max: float = 2.0
+    log_std_min: float = LOG_STD_RANGE[0]
+    log_std_max: float = LOG_STD_RANGE[1]
     num_tasks: int = 0  # 0: a single-task model. Else obs_dim and action_dim are those of the largest task, to which the others are padded
     task_dim: int = 0
 

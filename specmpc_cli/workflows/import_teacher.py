@@ -14,6 +14,7 @@ from specmpc_cli.envs.registry import TASK_SETS, lookup
 from specmpc_cli.errors import ConfigError
 from specmpc_cli.versions import versions
 from specmpc_cli.workflows.store import Store, timestamp
+from specmpc_cli.workflows.train_state import ResumeFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,6 @@ def import_teacher(store: Store, file: Path, *, task_set: str | None = None) -> 
         ConfigError: an unknown task set, a task outside it, or a training that the import would overwrite.
         CheckpointError: see `engine.official.load_official`.
     """
-    if store.resume_folder().joinpath("state.safetensors").exists():
-        raise ConfigError(
-            f"{store.folder / 'teacher'} holds a training of {store.task} that can be continued; import under another --name, "
-            "or delete that folder first"
-        )
     member = None
     if task_set is not None:
         if task_set not in TASK_SETS:
@@ -62,6 +58,13 @@ def import_teacher(store: Store, file: Path, *, task_set: str | None = None) -> 
         "versions": versions(),
     }
     config = {"planner": PlannerConfig().model_dump(), "dims": asdict(model.dims), "origin": origin}
-    path = store.save_teacher(model, config, [{"event": "import", **origin}])
+    training = ResumeFolder(store.resume_folder())
+    with training.undisturbed():
+        if training.state_file.exists():
+            raise ConfigError(
+                f"{store.folder / 'teacher'} holds a training of {store.task} that can be continued; import under another --name, "
+                "or delete that folder first"
+            )
+        path = store.save_teacher(model, config, [{"event": "import", **origin}])
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return ImportReport(store.task, path, weights_sha256(model.state_dict()), parameters, asdict(model.dims))

@@ -13,7 +13,7 @@ from specmpc_cli.envs.registry import lookup
 from specmpc_cli.errors import ConfigError
 from specmpc_cli.runtime import Runtime
 from specmpc_cli.workflows.store import Store
-from specmpc_cli.workflows.train_state import ResumeFolder, TrainFacts, kept_config
+from specmpc_cli.workflows.train_state import KEPT_SECTIONS, ResumeFolder, TrainFacts, kept_config
 from specmpc_cli.workflows.training import Trainer, seed_steps
 
 DEFAULT_SIZE = 1
@@ -24,7 +24,7 @@ def begin_training(
     runtime: Runtime,
     *,
     steps: int,
-    seed: int,
+    seed: int | None = None,
     size: int | None = None,
     num_envs: int | None = None,
     presets: Sequence[str] = (),
@@ -35,7 +35,8 @@ def begin_training(
 
     Args:
         steps: where the training will be told to stop.
-        size, num_envs: None takes those of the saved training, else 1. Presets and settings likewise: none named takes the saved config.
+        seed, size, num_envs: None takes those of the saved training, else 0, 1 and 1. What presets and settings do not name is likewise
+            as in the saved config.
         resume: True insists on a saved training, False begins anew, None continues where there is something to continue.
 
     Raises:
@@ -76,12 +77,16 @@ def _facts(
     task: str,
     old: TrainFacts | None,
     size: int | None,
-    seed: int,
+    seed: int | None,
     num_envs: int | None,
     presets: Sequence[str],
     settings: Sequence[str],
 ) -> TrainFacts:
     """What the options ask for; what they leave out is as in the saved training. Raises ConfigError."""
+    for setting in settings:
+        key = setting.partition("=")[0]
+        if key.partition(".")[0] not in KEPT_SECTIONS:
+            raise ConfigError(f"--set {key} has no part in training, which takes {' and '.join(f'{name}.*' for name in KEPT_SECTIONS)}")
     config = kept_config(load_config(presets, settings, base=old.config if old else None))
     if size is None:
         size = old.size if old else DEFAULT_SIZE
@@ -89,6 +94,8 @@ def _facts(
         raise ConfigError(f"--size must be one of {', '.join(map(str, MODEL_SIZES))}, got {size}")
     if num_envs is None:
         num_envs = old.num_envs if old else 1
+    if seed is None:
+        seed = old.seed if old else 0
     return TrainFacts(task, size, seed, num_envs, config)
 
 

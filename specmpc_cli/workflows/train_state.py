@@ -24,6 +24,7 @@ from specmpc_cli.errors import CheckpointError, ConfigError, StoreError
 from specmpc_cli.files import make_folder, write_whole
 
 KIND = "specmpc-training"
+KEPT_SECTIONS = ("planner", "train")  # of a config, in a training
 # Settings that change nothing that is learned, so that a training may continue with others.
 _FREE = ("config.train.eval_every", "config.train.eval_episodes", "config.train.checkpoint_seconds")
 # How it acts may change on the way, and the metrics say when; how it learns may not.
@@ -71,13 +72,13 @@ class SavedTraining:
 
     facts: TrainFacts
     counters: Counters = Counters()
-    computed_on: str = ""  # device and dtype
+    computed_on: str = ""  # device, dtype, compiled or eager, threads
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
 
 def kept_config(config: Config) -> dict[str, Any]:
     """The part of a config that a training depends on."""
-    return config.model_dump(mode="json", include={"planner", "train"})
+    return config.model_dump(mode="json", include=set(KEPT_SECTIONS))
 
 
 class ResumeFolder:
@@ -104,6 +105,20 @@ class ResumeFolder:
             except OSError:
                 raise ConfigError(f"another 'specmpc train' is at work in {self.path}; wait for it, or use another --name") from None
             yield
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """The same for what is no training and leaves no folder: where there is none, no training is at work."""
+        with self.locked() if self.path.exists() else contextlib.nullcontext():
+            yield
+
+    def stamp(self) -> tuple[int, int] | None:
+        """Tells one checkpoint from the next; None where there is none."""
+        try:
+            found = self.state_file.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
     def tidy(self, episodes: int | None) -> None:
         """Deletes what no checkpoint knows: shards from episode `episodes` on, and half-written files; everything if None."""

@@ -24,14 +24,14 @@ from specmpc_cli.engine.runner import SpeculativeRunner
 from specmpc_cli.engine.world_model import MODEL_SIZES, WorldModel, WorldModelDims
 from specmpc_cli.envs.registry import make_script
 from specmpc_cli.envs.vector import VectorEnv
-from specmpc_cli.errors import ActionNotFinite, CheckpointError, Interrupted, SpecMPCError, StoreError, TrainingDiverged
+from specmpc_cli.errors import ActionNotFinite, CheckpointError, ConfigError, Interrupted, SpecMPCError, StoreError, TrainingDiverged
 from specmpc_cli.learning.learner import Learner, LearnerSettings
 from specmpc_cli.learning.losses import Batch, LossSettings
 from specmpc_cli.runtime import Purpose, Runtime
 from specmpc_cli.types import Actor, EnvSpec
 from specmpc_cli.versions import versions
 from specmpc_cli.workflows.acting import COMPILER_ERRORS, compilers_fault, make_planner, plan_once
-from specmpc_cli.workflows.plots import plot_training
+from specmpc_cli.workflows.plots import computed_on, plot_training
 from specmpc_cli.workflows.rollout import Episode, Transition, rollout
 from specmpc_cli.workflows.store import Store, timestamp
 from specmpc_cli.workflows.train_log import ActorName, Line, Progress, TrainingLog, Watcher, not_finite, write_diagnosis
@@ -59,9 +59,11 @@ class Trainer:
         self.log = TrainingLog(spec.has_success)
         self.notes: list[str] = []  # what the user should know before it runs
         self.checkpointed: int | None = None  # decisions in the last checkpoint
+        self.again = "the same command"  # what continues from there
         self.seconds_before = 0.0  # wall time spent by earlier runs of this training
         self._store = store
         self._resume = ResumeFolder(store.resume_folder())
+        self._found = self._resume.stamp()
         self._watcher = Watcher()
         self._progress = Progress("seed phase")
         self._unsaved: list[ReplayEpisode] = []
@@ -104,7 +106,7 @@ class Trainer:
         if not self._weights_are_the_teachers and not self._store.has_teacher():
             self.log.forget_best()
             self.notes.append("the best evaluated weights are gone from the store: from here on it keeps the best of those to come")
-        if saved.computed_on != self._computed_on:
+        if not self._computed_on.startswith(saved.computed_on):  # older versions saved less of it
             self.notes.append(
                 f"this training ran on {saved.computed_on} before and goes on on {self._computed_on}: "
                 "it will not end bit for bit where an uninterrupted one would"
@@ -139,13 +141,16 @@ class Trainer:
 
         Raises:
             TrainingDiverged: losses, gradients or actions that are not finite; a diagnosis is left in the store.
-            StoreError: the store can no longer be written. ConfigError: another training is at work in it.
+            StoreError: the store can no longer be written. ConfigError: another training is, or has meanwhile been, at work in it.
             Interrupted: Ctrl-C. All of them leave the last checkpoint intact and say so.
         """
         self._watcher = watcher
         with contextlib.closing(VectorEnv.make(self.spec.task, self.facts.num_envs)) as envs, self._resume.locked():
+            if self._resume.stamp() != self._found:
+                raise ConfigError(f"another 'specmpc train' has been at work in {self._resume.path} meanwhile; go on with {self.again}")
             try:
                 self._resume.tidy(self.counters.episodes if self.checkpointed else None)
+                self._found = self._resume.stamp()
                 self._train(envs, steps)
             except ActionNotFinite:
                 raise self._diverged("an action is not finite") from None
@@ -279,7 +284,7 @@ class Trainer:
         self._expect_finite()
         saved = SavedTraining(self.facts, self.counters, self._computed_on, self.log.lines)
         self._resume.save(saved, self.learner.state_dict(), self._unsaved)
-        self.checkpointed = self.counters.decisions
+        self.checkpointed, self._found = self.counters.decisions, self._resume.stamp()
         self._unsaved = []
         folder = self._save_teacher() if self._weights_are_the_teachers else self._store.save_teacher_metrics(self.log.lines)
         evaluations = self.log.evaluations
@@ -323,7 +328,10 @@ class Trainer:
 
     @property
     def _computed_on(self) -> str:
-        return f"{self.runtime.device.type}, {self.runtime.dtype_name}"
+        runtime = self.runtime
+        return computed_on(
+            {"device": runtime.device.type, "dtype": runtime.dtype_name, "compiled": runtime.compiled, "threads": runtime.threads}
+        )
 
     # What can go wrong
 
@@ -331,8 +339,7 @@ class Trainer:
     def _kept(self) -> str:
         if self.checkpointed is None:
             return "there is no checkpoint yet, so the same command begins again"
-        resume = f"specmpc train --task {self.spec.task} --resume"
-        return f"the checkpoint after {self.checkpointed} decisions is intact, and '{resume}' continues there"
+        return f"the checkpoint after {self.checkpointed} decisions is intact; go on from there with {self.again}"
 
     def _expect_finite(self) -> None:
         if self.log.last_update is not None and (what := not_finite(self.log.last_update)):

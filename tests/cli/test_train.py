@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,9 +16,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from specmpc_cli.cli.app import app
 from specmpc_cli.engine.world_model import MODEL_SIZES
 from specmpc_cli.workflows.train_state import ResumeFolder
+from specmpc_cli.workflows.training import Trainer
 from tests.cli.conftest import Command, heed_ctrl_c
 
 SMALL = (
@@ -98,9 +102,32 @@ class TestInProcess:
             (("--set", "train.lr=-1"), "train.lr"),
             (("--set", "train.acting.num_samples=4"), "train.acting: num_pi_trajs (4) must be below"),
             (("--set", "train.horizn=2"), "did you mean horizon"),
+            (("--set", "speculation.tail=hold"), "--set speculation.tail has no part in training, which takes planner.* and train.*"),
         ):
             assert expected in command.fails("train", "--task", "pointmass", "--preset", preset, *arguments)
         assert not (command.store / "pointmass").exists()
+
+    def test_the_line_that_says_how_to_go_on_is_a_command_that_does(
+        self, command: Command, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With a store, a name, a seed and settings of its own, none of which the user has to remember."""
+        elsewhere = Command(tmp_path / "another store", command.preset)
+
+        def interrupt(trainer: Trainer, envs: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Trainer, "_evaluate", interrupt)
+            options = ("--steps", "240", "--name", "own", "--seed", "5", "--dtype", "fp32", "--preset", preset)
+            stopped = elsewhere("train", "--task", "pointmass", *options, "--set", "train.eval_every=200")
+        assert stopped.code == 130
+        line = stopped.err.strip().splitlines()[-1]
+        arguments = shlex.split(line.partition("go on from there with ")[2])
+        assert arguments[:2] == ["specmpc", "train"] and "--seed" not in arguments
+        done = CliRunner().invoke(app, [*arguments[1:], "--json"])
+        document = json.loads(done.stdout)
+        assert (document["decisions"], document["seed"]) == (240, 5)
+        assert document["path"] == str(tmp_path / "another store" / "pointmass" / "own" / "teacher")
 
     def test_tensorboard_files_hold_the_metrics(self, command: Command, teacher: Path, preset: str) -> None:
         pytest.importorskip("tensorboard", reason="needs the tensorboard extra")
@@ -175,7 +202,8 @@ def test_stopped_by_a_signal_it_ends_where_an_uninterrupted_training_ends(
     _, err = process.communicate(timeout=60)
     assert process.returncode == (130 if how == signal.SIGINT else -9), err
     if how == signal.SIGINT:
-        assert err.strip().splitlines()[-1].startswith("error: interrupted after") and "--resume' continues there" in err
+        assert err.strip().splitlines()[-1].startswith("error: interrupted after")
+        assert f"go on from there with specmpc train --task pointmass --resume --steps 100000 --store {command.store}\n" in err
     saved = ResumeFolder(teacher / "resume").saved()
     assert saved is not None
     done = run(saved.counters.decisions + 80)
@@ -199,7 +227,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_to_continue(teacher
     full = run(200, limit)
     _, err = full.communicate(timeout=120)
     assert full.returncode == 2 and "Traceback" not in err, err
-    assert "the checkpoint after 120 decisions is intact" in err and "continues" in err
+    assert "the checkpoint after 120 decisions is intact; go on from there with specmpc train" in err
     assert (teacher / "resume" / "state.safetensors").read_bytes() == state
     assert not list(teacher.rglob("*.part"))
     again = run(200)

@@ -42,9 +42,8 @@ def kill_at(decision: int) -> Callable[[Progress], None]:
 
 
 def begin(root: Path, **options: Any) -> Trainer:
-    settings = options.pop("settings", SMALL)
-    store = Store(root, "pointmass")
-    return begin_training(store, choose_runtime("cpu", "fp32"), steps=options.pop("steps", STEPS), seed=0, settings=settings, **options)
+    options = {"steps": STEPS, "seed": 0, "settings": SMALL, **options}
+    return begin_training(Store(root, "pointmass"), choose_runtime("cpu", "fp32"), **options)
 
 
 def teacher(root: Path) -> Path:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from specmpc_cli.engine.world_model import MODEL_SIZES
+from specmpc_cli.engine.official import save_official
+from specmpc_cli.engine.world_model import MODEL_SIZES, WorldModel, WorldModelDims
 from specmpc_cli.errors import CheckpointError, ConfigError, DatasetError
 from specmpc_cli.runtime import choose_runtime
+from specmpc_cli.workflows.import_teacher import import_teacher
 from specmpc_cli.workflows.store import Store
 from specmpc_cli.workflows.train import begin_training
 from specmpc_cli.workflows.train_log import Progress, Watcher
+from specmpc_cli.workflows.train_state import ResumeFolder
 from tests.workflows.pointmass_training import SMALL, STEPS, TINY, Killed, assert_same_training, begin, kill_at, lines, teacher
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
@@ -100,9 +105,16 @@ def test_how_it_acts_may_change_on_the_way_and_the_metrics_say_when(tmp_path: Pa
 def test_options_left_out_are_those_of_the_saved_training(tmp_path: Path) -> None:
     begin(tmp_path, num_envs=2).run(120, Watcher())
     continued = begin(tmp_path, settings=[])
-    assert continued.facts.num_envs == 2 and continued.config.train.batch_size == 8
+    assert continued.facts.num_envs == 2 and continued.facts.seed == 0 and continued.config.train.batch_size == 8
     one_more = begin(tmp_path, settings=["train.eval_every=5000"])
     assert one_more.config.train.batch_size == 8 and one_more.config.planner.iterations == 1 and not one_more.notes
+
+
+def test_a_seed_left_out_is_the_saved_one(tmp_path: Path) -> None:
+    begin(tmp_path, seed=7).run(120, Watcher())
+    assert begin(tmp_path, seed=None).facts.seed == 7
+    with pytest.raises(ConfigError, match="seed is 0, was 7"):
+        begin(tmp_path)
 
 
 def test_settings_that_change_nothing_learned_may_change(tmp_path: Path) -> None:
@@ -114,7 +126,25 @@ def test_a_training_that_moves_to_another_dtype_says_so(tmp_path: Path) -> None:
     begin(tmp_path).run(120, Watcher())
     store = Store(tmp_path, "pointmass")
     moved = begin_training(store, choose_runtime("cpu", "bf16"), steps=STEPS, seed=0)
-    assert "ran on cpu, fp32 before and goes on on cpu, bf16" in moved.notes[0]
+    threads = f"{torch.get_num_threads()} threads"
+    assert f"ran on cpu, fp32, eager, {threads} before and goes on on cpu, bf16, eager, {threads}: it will not end" in moved.notes[0]
+    assert not begin(tmp_path).notes
+
+
+def test_a_training_that_goes_on_with_other_threads_or_compiled_says_so(tmp_path: Path) -> None:
+    begin(tmp_path).run(120, Watcher())
+    runtime = choose_runtime("cpu", "fp32")
+    for other in (replace(runtime, threads=99), replace(runtime, compiled=not runtime.compiled)):
+        moved = begin_training(Store(tmp_path, "pointmass"), other, steps=STEPS)
+        assert "it will not end bit for bit" in moved.notes[0]
+
+
+def test_nothing_is_said_where_an_older_version_saved_less_of_how_it_was_computed(tmp_path: Path) -> None:
+    trainer = begin(tmp_path)
+    trainer.run(120, Watcher())
+    folder = ResumeFolder(Store(tmp_path, "pointmass").resume_folder())
+    saved, tensors, _ = folder.load()
+    folder.save(replace(saved, computed_on="cpu, fp32"), tensors, [])
     assert not begin(tmp_path).notes
 
 
@@ -128,6 +158,31 @@ def test_two_trainings_of_one_store_keep_out_of_each_others_way(tmp_path: Path) 
     with pytest.raises(Killed):
         begin(tmp_path).run(STEPS, Watcher(second))
     begin(tmp_path).run(160, Watcher())
+
+
+def test_a_training_that_another_has_overtaken_is_refused(tmp_path: Path) -> None:
+    """Both were begun before either was at work: what the second read is older than what the first left."""
+    begin(tmp_path).run(120, Watcher())
+    first, second = begin(tmp_path), begin(tmp_path)
+    first.run(160, Watcher())
+    before = lines(tmp_path)
+    with pytest.raises(ConfigError, match="another 'specmpc train' has been at work in .* meanwhile; go on with the same command"):
+        second.run(STEPS, Watcher())
+    assert lines(tmp_path) == before
+    begin(tmp_path).run(STEPS, Watcher())
+
+
+def test_an_import_keeps_out_of_a_training_that_has_no_checkpoint_yet(tmp_path: Path) -> None:
+    save_official(WorldModel(WorldModelDims(4, 2, **TINY)), tmp_path / "official.pt")
+    store = Store(tmp_path / "store", "pointmass")
+
+    def import_meanwhile(progress: Progress) -> None:
+        if progress.decisions == 20:
+            with pytest.raises(ConfigError, match="another 'specmpc train' is at work"):
+                import_teacher(store, tmp_path / "official.pt")
+
+    begin(tmp_path / "store").run(120, Watcher(import_meanwhile))
+    assert lines(tmp_path / "store")[0]["event"] == "episode"
 
 
 def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
