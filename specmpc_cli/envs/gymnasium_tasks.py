@@ -71,11 +71,9 @@ class _NewWorldAtReset(gymnasium.Wrapper[Any, Any, Any, Any]):
     """
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        from Box2D import b2World
-
         walker: Any = self.env.unwrapped
         walker._destroy()  # bodies belong to their world
-        walker.world = b2World()
+        walker.world = type(walker.world)()
         return super().reset(seed=seed, options=options)
 
 
