@@ -69,6 +69,9 @@ class ConstantCorrector:
         self.delta = delta
         self.visits: list[Visit] = []
 
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"delta": torch.tensor(self.delta)}
+
     def __call__(self, visit: Visit) -> tuple[Tensor, Tensor]:
         self.visits.append(visit)
         return torch.full_like(visit.planned, self.delta), torch.zeros(len(visit.z))

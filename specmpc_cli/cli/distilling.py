@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from specmpc_cli.workflows.acting import Workbench
     from specmpc_cli.workflows.calibrate import Calibration
     from specmpc_cli.workflows.fit_corrector import Fitted
-    from specmpc_cli.workflows.store import FittedCorrector
+    from specmpc_cli.workflows.store import FittedCorrector, Store
 
 
 @common_options
@@ -155,7 +155,7 @@ def fit_corrector(
         out.say(f"{one.network.arch}: {store.corrector_folder(one.network.arch)}")
     calibrated: dict[str, Calibration] = {}
     if max_return_loss is not None:
-        for one, calibration in _calibrate(common, out, bench, fitted, max_return_loss, promise_over, waiting):
+        for one, calibration in _calibrate(common, out, store, bench, fitted, max_return_loss, promise_over, waiting):
             save(store, bench, one, noise, calibration)
             calibrated[one.network.arch] = calibration
     out.document(
@@ -190,6 +190,7 @@ def noise_floor(noise: float) -> str:
 def _calibrate(
     common: Common,
     out: Output,
+    store: "Store",
     bench: "Workbench",
     fitted: "list[Fitted]",
     max_return_loss: float,
@@ -204,6 +205,7 @@ def _calibrate(
     from specmpc_cli.errors import CalibrationFailed
     from specmpc_cli.workflows.calibrate import Calibrator
     from specmpc_cli.workflows.fit_corrector import as_saved
+    from specmpc_cli.workflows.judged_gates import JudgedGates
 
     found: dict[str, Calibration] = {}
     failures = []
@@ -215,6 +217,7 @@ def _calibrate(
             episodes=episodes,
             seed=common.seed,
             num_envs=envs_for(episodes),
+            judged=JudgedGates(store.judged_gates, common.seed, bench.acts_with),
             on_run=lambda what, count: progress.reset(bar, total=count * bench.spec.decisions, description=what),
             on_step=lambda: progress.advance(bar),
             on_trial=lambda arch, trial: out.note(

@@ -66,6 +66,11 @@ class Workbench:
         self.model = teacher.model.to(runtime.device)
         self._make_planners()
 
+    @property
+    def acts_with(self) -> dict[str, Any]:
+        """What decides how it acts: settings and precision."""
+        return self.config.acting_settings() | {"dtype": self.runtime.dtype_name}
+
     def planner_for(self, config: PlannerConfig) -> BatchedPlanner:
         """A planner of this teacher with these settings."""
         return make_planner(self.model, config, self.spec, self.runtime)

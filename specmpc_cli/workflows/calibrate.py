@@ -24,6 +24,7 @@ from specmpc_cli.runtime import Purpose
 from specmpc_cli.types import Actor, ReplanReason
 from specmpc_cli.workflows.acting import Workbench
 from specmpc_cli.workflows.evaluate import calls_saved, episodes_of, scores_of
+from specmpc_cli.workflows.judged_gates import JudgedGates
 from specmpc_cli.workflows.labelling import AuditedLog, Auditor
 from specmpc_cli.workflows.rollout import EpisodeStats, Transition, rollout
 from specmpc_cli.workflows.statistics import conformal_bound, fewest_episodes, lost_share_bound, ratio, ratio_ci95
@@ -154,12 +155,14 @@ class Calibrator:
         episodes: int,
         seed: int,
         num_envs: int,
+        judged: JudgedGates,
         on_run: Callable[[str, int], None] | None = None,
         on_step: Callable[[], None] | None = None,
         on_trial: Callable[[str, Trial], None] | None = None,
     ) -> None:
         """
         Args:
+            judged: what the calibrate episodes of this seed have judged before.
             on_run: hears what runs next and over how many episodes.
             on_step: after each env step.
             on_trial: hears the architecture and each gate's result.
@@ -169,7 +172,7 @@ class Calibrator:
         """
         check_promise(max_return_loss, episodes, bench.spec.has_success)
         self._bench, self._max_return_loss = bench, max_return_loss
-        self._seed = seed
+        self._seed, self._judged = seed, judged
         self._tune = episodes_of(Purpose.TUNE, seed, max(round(TUNE_SHARE * episodes), FEWEST_TUNE_EPISODES))
         self._fresh = episodes_of(Purpose.CALIBRATE, seed, episodes)
         self._on_run, self._on_step, self._on_trial = on_run, on_step, on_trial
@@ -190,8 +193,11 @@ class Calibrator:
             shards: of the data that the corrector was fitted to; they say how far the teacher's own actions spread.
 
         Raises:
-            CalibrationFailed: no gate keeps the promise, or plain replanning earns nothing that a share of could be promised.
+            CalibrationFailed: no gate keeps the promise, plain replanning earns nothing that a share of could be promised, or these
+                calibrate episodes have judged too many gates already.
         """
+        if not self._judged.room(corrector, PROMISES):
+            raise CalibrationFailed(self._spent(corrector))
         started, has_success = time.perf_counter(), self._bench.spec.has_success
         check_hope(self._max_return_loss, len(self._fresh), self._scores(self._baseline(Purpose.TUNE)), has_success)
         self._planner_calls, wrong_above = 0, own_spread(shards)
@@ -204,7 +210,12 @@ class Calibrator:
                 candidates = self._passing(tuned[1:])
             if not candidates:
                 break
-            promise, audit = self._promise(corrector, candidates.pop(0).rule, wrong_above)
+            rule = candidates.pop(0).rule
+            if not self._judged.admits(corrector, rule, PROMISES):
+                if tested:
+                    break
+                raise CalibrationFailed(self._spent(corrector))
+            promise, audit = self._promise(corrector, rule, wrong_above)
             tested.append(promise)
             if promise.at_least >= 1 - self._max_return_loss and promise.calls_saved > 0:
                 calls = self._planner_calls + sum(stat.planner_calls for stats in self._baselines.values() for stat in stats)
@@ -243,6 +254,12 @@ class Calibrator:
         figures = f"the best of {len(tuned)} tried keeps {best.kept:.1%} over {best.episodes} episodes and saves {best.calls_saved:.0%}"
         return f"{bound}: {figures}; allow more with --max-return-loss, or collect another round"
 
+    def _spent(self, corrector: FittedCorrector) -> str:
+        return (
+            f"the calibrate episodes of seed {self._seed} have judged {PROMISES} gates of {corrector.arch} correctors already: what passes "
+            "after those proves nothing; calibrate on the fresh episodes of another --seed"
+        )
+
     def _tune_trial(self, corrector: FittedCorrector, rule: GateRule) -> tuple[Trial, list[EpisodeStats]]:
         way = Way(Mode.ADAPTIVE, rule.horizon, corrector, rule)
         stats = self._run(f"{corrector.arch}, {rule.label}", Purpose.TUNE, self._bench.actor(way))
@@ -262,6 +279,7 @@ class Calibrator:
                 self._planner_calls += int(log.planner_iterations != self._bench.planner.settings.iterations)
 
         stats = self._run(f"{corrector.arch}, {rule.label}", Purpose.CALIBRATE, auditor, audit)
+        self._judged.add(corrector, rule)
         self._planner_calls += sum(stat.planner_calls for stat in stats)
         compared = [outcomes for outcomes in wrong.values() if outcomes]
         steps = sum(len(outcomes) for outcomes in compared)

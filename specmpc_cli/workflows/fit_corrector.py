@@ -88,8 +88,7 @@ def save(store: Store, bench: Workbench, fitted: Fitted, noise: float, calibrati
     """Puts a fitted corrector into the store, with the data, settings and calibration that made it; → its folder."""
     facts = uncalibrated(bench)
     if calibration is not None:
-        promised_with = bench.config.acting_settings() | {"dtype": bench.runtime.dtype_name}
-        facts = replace(facts, gate=calibration.promise.rule, promised_with=promised_with)
+        facts = replace(facts, gate=calibration.promise.rule, promised_with=bench.acts_with)
     origin = {
         "made_by": "specmpc fit-corrector",
         "dataset": fitted.shards[0].path.parent.name,

@@ -168,6 +168,11 @@ class Store:
     def corrector_folder(self, arch: str) -> Path:
         return self.folder / "correctors" / arch
 
+    @property
+    def judged_gates(self) -> Path:
+        """The file of the gates that calibrate episodes have judged (judged_gates.py)."""
+        return self.folder / "correctors" / "judged-gates.jsonl"
+
     def _corrector(self, arch: str, source: str) -> FittedCorrector | None:
         root = self.folder if source == "store" else zoo_root() / self.task
         path = root / "correctors" / arch / "model.safetensors"

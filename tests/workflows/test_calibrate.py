@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +20,12 @@ from specmpc_cli.engine.planner import PlannerSettings
 from specmpc_cli.engine.runner import Refinement, SpeculativeRunner
 from specmpc_cli.envs.adapter import RawStep, TaskEnv
 from specmpc_cli.envs.vector import VectorEnv
-from specmpc_cli.errors import CalibrationFailed, ConfigError
+from specmpc_cli.errors import CalibrationFailed, ConfigError, StoreError
 from specmpc_cli.runtime import Purpose, Runtime
 from specmpc_cli.types import Decision, EnvSpec, Plan
 from specmpc_cli.workflows import calibrate as module
 from specmpc_cli.workflows.calibrate import Calibration, Calibrator, check_promise, kept_at_least, paths
+from specmpc_cli.workflows.judged_gates import JudgedGates
 from specmpc_cli.workflows.labelling import AUDIT_SHARE, Auditor, is_audited
 from specmpc_cli.workflows.rollout import Episode, EpisodeStats, rollout
 from specmpc_cli.workflows.store import FittedCorrector
@@ -81,8 +83,8 @@ class Bench:
     actor = runner
 
 
-def corrector() -> FittedCorrector:
-    network = ConstantCorrector(0.0)
+def corrector(delta: float = 0.0) -> FittedCorrector:
+    network = ConstantCorrector(delta)
     network.arch = "two-tower"  # type: ignore[attr-defined]
     return FittedCorrector(network, CorrectorFacts("abc", GateRule(20)), "memory", Path())  # type: ignore[arg-type]
 
@@ -96,6 +98,8 @@ def calibrate(
     planner_horizon: int = 3,
     config: Config | None = None,
     runs: list[tuple[str, int]] | None = None,
+    judged: JudgedGates | None = None,
+    calibrated: FittedCorrector | None = None,
     **world: Any,
 ) -> tuple[Calibration, list[tuple[str, int]]]:
     """A calibration, and what it ran."""
@@ -105,11 +109,12 @@ def calibrate(
     monkeypatch.setattr(module, "own_spread", lambda _: 0.04)
     runs = [] if runs is None else runs
     options: dict[str, Any] = {"max_return_loss": max_return_loss, "episodes": episodes, "seed": 0, "num_envs": 4}
+    options["judged"] = judged or JudgedGates(Path(tempfile.mkdtemp(), "judged.jsonl"), 0, {})
     planner = SteadyPlanner(CountingModel(drift=0.1), PlannerSettings(discount=0.99, horizon=planner_horizon, iterations=6))
     with Calibrator(
         Bench(spec, planner, config or Config()), **options, on_run=lambda what, count: runs.append((what, count))
     ) as calibrator:  # type: ignore[arg-type]
-        return calibrator.calibrate(corrector(), []), runs
+        return calibrator.calibrate(calibrated or corrector(), []), runs
 
 
 def test_the_boldest_gate_that_keeps_the_promise_is_found_and_judged_on_fresh_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +184,39 @@ def test_a_gate_that_only_looked_good_makes_no_promise(monkeypatch: pytest.Monke
     with pytest.raises(CalibrationFailed, match=r"on 20 fresh episodes: saving 95% keeps \d+.\d% \(at least") as info:
         calibrate(monkeypatch, 0.1, tail_reward=10.0)
     assert " and saving " in str(info.value)
+
+
+def test_episodes_that_judged_two_gates_judge_no_other_corrector(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As many as one calibration may try: what is fitted next would be chosen on them."""
+    judged = JudgedGates(tmp_path / "judged.jsonl", 0, {"dtype": "fp32"})
+    first, _ = calibrate(monkeypatch, 0.5, judged=judged)
+    again, _ = calibrate(monkeypatch, 0.5, judged=judged)  # the same command once more is told the same
+    assert again.promise == first.promise and len((tmp_path / "judged.jsonl").read_text().splitlines()) == 1
+    calibrate(monkeypatch, 0.5, judged=judged, calibrated=corrector(0.001))
+    runs: list[tuple[str, int]] = []
+    with pytest.raises(CalibrationFailed, match="seed 0 have judged 2 gates of two-tower correctors already: .* another --seed"):
+        calibrate(monkeypatch, 0.5, judged=judged, calibrated=corrector(0.002), runs=runs)
+    assert runs == []
+    calibrate(monkeypatch, 0.5, judged=judged, calibrated=corrector(0.001))
+    with pytest.raises(CalibrationFailed, match="already"):  # another gate of a corrector that was judged
+        calibrate(monkeypatch, 0.02, judged=judged)
+    calibrate(monkeypatch, 0.5, judged=JudgedGates(tmp_path / "judged.jsonl", 1, {"dtype": "fp32"}), calibrated=corrector(0.002))
+
+
+def test_where_one_gate_may_still_be_judged_its_figures_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    judged = JudgedGates(tmp_path / "judged.jsonl", 0, {})
+    calibrate(monkeypatch, 0.5, judged=judged, calibrated=corrector(0.001))
+    monkeypatch.setattr(module, "kept_at_least", lambda *_: 0.0)
+    with pytest.raises(
+        CalibrationFailed, match=r"on 20 fresh episodes: saving \d+% keeps \S+% \(at least 0.0%\); these are fresh no longer"
+    ):
+        calibrate(monkeypatch, 0.02, judged=judged)
+
+
+def test_a_damaged_list_of_judged_gates_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "judged.jsonl").write_text("{}\n")
+    with pytest.raises(StoreError, match="which tells fresh calibrate episodes from spent ones; delete it"):
+        calibrate(monkeypatch, 0.5, judged=JudgedGates(tmp_path / "judged.jsonl", 0, {}))
 
 
 def test_plain_replanning_that_earns_nothing_cannot_be_promised_a_share_of(monkeypatch: pytest.MonkeyPatch) -> None:
