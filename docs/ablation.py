@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from specmpc_cli.data.shards import Shard, read_columns
+from specmpc_cli.engine.compiled import judge_for
 from specmpc_cli.engine.correctors import BaseCorrector, CorrectorDims, build_corrector
 from specmpc_cli.engine.gate import GateLimits, GateRule, decide
 from specmpc_cli.engine.runner import Judge, Judgement, Refinement, SpeculativeRunner, judge
@@ -170,6 +171,7 @@ class Study:
 
     def run(self, rule: GateRule, corrector: Any = None, purpose: Purpose = Purpose.COMPARE, **options: Any) -> list[EpisodeStats]:
         history = corrector.dims.history if corrector is not None else 8
+        options.setdefault("judge", judge_for(replace(self.bench.runtime, compiled=False)))  # row by row, as `compare` judges
         runner = SpeculativeRunner(self.bench.model, self.bench.planner, rule, corrector, history=history, **options)
         return rollout(runner, self.envs, self.episodes[purpose], device=self.bench.runtime.device)
 

@@ -54,7 +54,7 @@ class ReplanReason(IntEnum):
     NONE = 0
     FIRST = 1
     EXHAUSTED = 2
-    MISMATCH = 3
+    REJECTED = 3  # by the gate: for its mismatch, or for the corrector's expected error
 
 
 @dataclass(frozen=True)

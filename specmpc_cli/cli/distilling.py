@@ -68,7 +68,8 @@ def collect(
     if report.new_episodes == 0:
         out.note("nothing to do: the dataset has these episodes already; ask for more --episodes or --rounds, or another --seed")
     for group, returns in report.returns.items():
-        out.note(f"{group} steps per plan: mean return {sum(returns) / len(returns):.1f} over {len(returns)} episodes")
+        how = "" if group.endswith("teacher") else " steps per plan"
+        out.note(f"{group}{how}: mean return {sum(returns) / len(returns):.1f} over {len(returns)} episodes")
     if report.new_episodes:
         out.note(f"{report.planner_calls} planner calls labelled the new episodes, in {report.seconds / 60:.1f} minutes")
     out.say(f"{report.rows} rows from {report.episodes} episodes ({report.new_episodes} new) in {report.folder}")
@@ -217,7 +218,7 @@ def _calibrate(
             episodes=episodes,
             seed=common.seed,
             num_envs=envs_for(episodes),
-            judged=JudgedGates(store.judged_gates, common.seed, bench.acts_with),
+            judged=JudgedGates(store.judged_gates, common.seed, episodes, bench.acts_with),
             on_run=lambda what, count: progress.reset(bar, total=count * bench.spec.decisions, description=what),
             on_step=lambda: progress.advance(bar),
             on_trial=lambda arch, trial: out.note(

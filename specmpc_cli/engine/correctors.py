@@ -29,7 +29,8 @@ class CorrectorDims:
     history: int  # W
     layers: int = 2  # Transformer layers; the two-tower has one hidden layer per tower and two after the fusion
     heads: int = 4
-    max_age: int = 32  # ages are embedded up to here; older plans share the last embedding
+    max_age: int = 32  # ages have embeddings up to here
+    oldest_age: int = 20  # in the data it was fitted to: older plans count as this old, for embeddings beyond were never fitted
     dropout: float = 0.2  # while fitting: without it the training error falls to a third of the validation error
 
 
@@ -85,7 +86,7 @@ class ResidualCorrector(BaseCorrector):
         """What was seen, fused with the intent [B, width], as [B, width]."""
 
     def forward(self, visit: Visit) -> tuple[Tensor, Tensor]:
-        age = self.age(visit.age.clamp(max=self.dims.max_age - 1))
+        age = self.age(visit.age.clamp(max=min(self.dims.oldest_age, self.dims.max_age - 1)))
         intent = self.intent(torch.cat([visit.planned, visit.prior, age], dim=-1))
         out = self.head(self.trunk(self.features(visit, intent)))
         gate, residual, error = out.split([self.dims.action_dim, self.dims.action_dim, 1], dim=-1)

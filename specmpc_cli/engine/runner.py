@@ -170,8 +170,8 @@ class SpeculativeRunner:
         """What is seen and decided, before anything is planned."""
         assert obs.shape == (first.shape[0], self.model.dims.obs_dim), obs.shape
         row = torch.arange(len(first), device=first.device)
-        age = state.age.clamp(max=self._length - 1)
-        z_pred, planned = state.plan.latents[row, age], state.plan.actions[row, age]
+        z_pred = state.plan.latents[row, state.age.clamp(max=self._length)]
+        planned = state.plan.actions[row, state.age.clamp(max=self._length - 1)]
         return self._judge(self.model, self.corrector, self._metric, self._limits, obs, z_pred, planned, state.age, state.history, first)
 
     def adopt(self, plan: Plan) -> Plan:

@@ -18,7 +18,7 @@ from specmpc_cli.engine.correctors import BaseCorrector
 from specmpc_cli.engine.runner import Planner
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.errors import DatasetError
-from specmpc_cli.types import Visit
+from specmpc_cli.types import Plan, Visit
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +205,10 @@ def label_noise(planner: Planner, z: Tensor, warm_start: Tensor, label: Tensor, 
     Args:
         z, warm_start, label: of the states to plan again, [n, Z], [n, H, A], [n, A].
     """
+    return float((plan_anew(planner, z, warm_start, seed=seed).mean[:, 0] - label).square().mean())
+
+
+def plan_anew(planner: Planner, z: Tensor, warm_start: Tensor, *, seed: int) -> Plan:
+    """Plans of recorded states, with draws that no episode makes. z [n, Z], warm_start [n, H, A]."""
     streams = torch.full((len(z),), 2**62 + seed, dtype=torch.int64, device=z.device)  # no episode's stream: those are hashes
-    again = planner(z, warm_start, streams, torch.arange(len(z), device=z.device))
-    return float((again.mean[:, 0] - label).square().mean())
+    return planner(z, warm_start, streams, torch.arange(len(z), device=z.device))

@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import numpy as np
+import torch
 
 from specmpc_cli.data.shards import Shard, read_columns
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.errors import CalibrationFailed, ConfigError
+from specmpc_cli.learning.corrector_fit import plan_anew
 from specmpc_cli.runtime import Purpose
 from specmpc_cli.types import Actor, ReplanReason
 from specmpc_cli.workflows.acting import Workbench
@@ -38,7 +40,7 @@ TUNE_SHARE, FEWEST_TUNE_EPISODES = 0.3, 6  # tune episodes per calibrate episode
 TUNE_MARGIN = 0.5
 FALLBACK_SHARES = (0.03, 0.06, 0.12, 0.25, 0.5)  # of the steps of a run without a gate: where thresholds are tried
 AGES = (16, 12, 9, 7, 5, 4, 3, 2)
-OWN_SPREAD, AUDIT_CONFIDENCE = 0.95, 0.9
+OWN_SPREAD, SPREAD_STATES, AUDIT_CONFIDENCE = 0.95, 200, 0.9
 NO_SPREAD = 1e-5  # of the mean: returns that differ by less, by rounding, say no more than equal ones about episodes that were not seen
 
 
@@ -138,10 +140,17 @@ def check_hope(max_return_loss: float, episodes: int, tuned: np.ndarray, has_suc
         )
 
 
-def own_spread(shards: Sequence[Shard]) -> float:
-    """The squared distance to a fresh plan's mean below which OWN_SPREAD of the teacher's own drawn actions lie, in its data."""
-    columns = read_columns(shards, ["a_teacher", "a_teacher_mean"])
-    return float(np.quantile(np.square(columns["a_teacher"] - columns["a_teacher_mean"]).mean(1), OWN_SPREAD))
+def own_spread(bench: Workbench, shards: Sequence[Shard], seed: int) -> tuple[float, int]:
+    """The squared distance to a fresh plan's mean below which OWN_SPREAD of that plan's own drawn actions lie, and the planner calls made.
+
+    Plans are made anew, with the planner that acts: the data's labels may be those of a lighter one, whose draws spread further.
+    """
+    columns = read_columns(shards, ["z", "warm_start"])
+    rows = np.random.default_rng(seed).choice(len(columns["z"]), min(SPREAD_STATES, len(columns["z"])), replace=False)
+    z, warm_start = (torch.from_numpy(columns[name][rows]).to(bench.runtime.device) for name in ("z", "warm_start"))
+    plan = plan_anew(bench.planner, z, warm_start, seed=seed)
+    distance = (plan.actions[:, 0] - plan.mean[:, 0]).square().mean(-1)
+    return float(np.quantile(distance.cpu().numpy(), OWN_SPREAD)), len(rows)
 
 
 class Calibrator:
@@ -190,7 +199,7 @@ class Calibrator:
         """The gate that saves most of the planner calls and keeps the promise.
 
         Args:
-            shards: of the data that the corrector was fitted to; they say how far the teacher's own actions spread.
+            shards: of the data that the corrector was fitted to; in its states it is seen how far the teacher's own actions spread.
 
         Raises:
             CalibrationFailed: no gate keeps the promise, plain replanning earns nothing that a share of could be promised, or these
@@ -200,7 +209,7 @@ class Calibrator:
             raise CalibrationFailed(self._spent(corrector))
         started, has_success = time.perf_counter(), self._bench.spec.has_success
         check_hope(self._max_return_loss, len(self._fresh), self._scores(self._baseline(Purpose.TUNE)), has_success)
-        self._planner_calls, wrong_above = 0, own_spread(shards)
+        wrong_above, self._planner_calls = own_spread(self._bench, shards, self._seed)
         speculation = self._bench.config.speculation
         free, stats = self._tune_trial(corrector, GateRule(speculation.max_age, metric=speculation.metric))
         tuned, candidates, tested = [free], self._passing([free]), []
@@ -353,6 +362,7 @@ def kept_at_least(score: np.ndarray, reference: np.ndarray, success: bool) -> fl
         succeeded = reference == 1
         return 1 - lost_share_bound(int((score[succeeded] == 0).sum()), int(succeeded.sum()), CONFIDENCE)
     interval = ratio_ci95(score, reference)
-    assert interval is not None
+    if interval is None:  # the reference may be worth nothing: no share of it is certain
+        return 0.0
     low, high = interval
     return low if high - low > NO_SPREAD else low - lost_share_bound(0, len(score), CONFIDENCE)

@@ -105,7 +105,8 @@ def collect(
     """Brings the dataset to `episodes` episodes in each of `rounds` rounds; what is already there is kept.
 
     Args:
-        fit: makes the corrector that acts in a round r ≥ 2 from the shards of the rounds before it; called if the round lacks episodes.
+        fit: makes the corrector that acts in a round r ≥ 2 from this seed's shards of the rounds before it; called if the round lacks
+            episodes.
         on_step: after each env step; on_round: (round, episodes to run in it) before each round.
 
     Raises:
@@ -135,9 +136,11 @@ def collect(
                 on_round(round_, len(missing))
             if not missing:
                 continue
-            corrector = fit([shard for shard in shards if shard.key[1] < round_]) if round_ > 1 else None
+            # Of this seed's alone: what others write meanwhile must not decide how this one acts.
+            before = [shard for shard in shards if shard.key[0] == seed and shard.key[1] < round_]
+            corrector = fit(before) if round_ > 1 else None
             for recorded in _run_round(bench, envs, missing, seed, corrector, writer, on_step):
-                returns[f"round {round_}, {recorded.behaviour.name.lower()} {recorded.horizon}"].append(recorded.episode_return)
+                returns[f"round {round_}, {recorded.label}"].append(recorded.episode_return)
                 new += 1
                 planner_calls += recorded.env_steps
     finally:
@@ -157,6 +160,12 @@ class Recorded:
     horizon: int
     episode_return: float
     env_steps: int
+
+    @property
+    def label(self) -> str:
+        if self.behaviour is Behaviour.TEACHER:  # it plans at every step, whatever the plan in its shadow does
+            return "teacher"
+        return f"{self.behaviour.name.lower()} {self.horizon}"
 
 
 def _run_round(

@@ -56,9 +56,16 @@ def fit(bench: Workbench, arch: str, shards: Sequence[Shard], *, seed: int, on_e
     columns, group = load_tuples(shards, bench)
     config, dims = bench.config.corrector, bench.model.dims
     torch.manual_seed(seed)
-    network = build_corrector(
-        arch, CorrectorDims(dims.latent_dim, dims.action_dim, config.width, config.history, config.layers, dropout=config.dropout)
-    ).to(bench.runtime.device)
+    sizes = CorrectorDims(
+        dims.latent_dim,
+        dims.action_dim,
+        config.width,
+        config.history,
+        config.layers,
+        dropout=config.dropout,
+        oldest_age=int(columns["age"].max()),
+    )
+    network = build_corrector(arch, sizes).to(bench.runtime.device)
     table = TupleTable(columns, group, bench.model, config.history)
     train, validation = split_by_episode(group, config.validation_share, seed)
     settings = FitSettings(**config.model_dump(include={field.name for field in fields(FitSettings)}))

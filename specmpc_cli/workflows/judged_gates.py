@@ -15,17 +15,20 @@ from specmpc_cli.errors import StoreError
 from specmpc_cli.files import write_whole
 from specmpc_cli.workflows.store import FittedCorrector
 
+_FIELDS = ("seed", "episodes", "arch", "teacher", "corrector", "gate", "acting")
+
 
 class JudgedGates:
     """The gates that the calibrate episodes of one seed have judged, for one way of planning."""
 
-    def __init__(self, path: Path, seed: int, acting: dict[str, Any]) -> None:
+    def __init__(self, path: Path, seed: int, episodes: int, acting: dict[str, Any]) -> None:
         """
         Args:
             path: the file, which need not exist.
+            episodes: how many judge; to ask again with some more of them is to ask another time.
             acting: settings and precision that plans are made with; with others, the same gate is another one.
         """
-        self._path, self._seed, self._acting = path, seed, acting
+        self._path, self._seed, self._episodes, self._acting = path, seed, episodes, acting
 
     def room(self, corrector: FittedCorrector, at_most: int) -> bool:
         """Whether a gate of this corrector may be judged: fewer than `at_most` of its architecture have been, or all were its own."""
@@ -47,6 +50,7 @@ class JudgedGates:
     def _line(self, corrector: FittedCorrector, rule: GateRule) -> dict[str, Any]:
         return {
             "seed": self._seed,
+            "episodes": self._episodes,
             "arch": corrector.arch,
             "teacher": corrector.facts.teacher_sha256,
             "corrector": _identity(corrector),
@@ -62,7 +66,7 @@ class JudgedGates:
     def _lines(self) -> list[dict[str, Any]]:
         try:
             lines = [json.loads(line) for line in self._path.read_text().splitlines()]
-            return [{name: line[name] for name in ("seed", "arch", "teacher", "corrector", "gate", "acting")} for line in lines]
+            return [{name: line[name] for name in _FIELDS} for line in lines]
         except FileNotFoundError:
             return []
         except (OSError, ValueError, KeyError, TypeError):

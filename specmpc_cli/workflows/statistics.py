@@ -16,20 +16,22 @@ def bootstrap_ci95(statistic: Callable[[np.ndarray], np.ndarray], episodes: int,
     """Percentile interval of a statistic over episodes drawn with replacement.
 
     Args:
-        statistic: maps resampled episode indices [RESAMPLES, episodes] to values [RESAMPLES]; values that are not finite are left out.
+        statistic: maps resampled episode indices [RESAMPLES, episodes] to values [RESAMPLES]; NaN where it is undefined, which counts as
+            the worst value for the lower end and as the best for the upper one.
 
     Returns:
-        The 2.5 % and 97.5 % quantiles, or None with fewer than two episodes, from which no spread can be told.
+        The 2.5 % and 97.5 % quantiles, or None with fewer than two episodes, from which no spread can be told, or where more than 2.5 % of
+        the values are undefined.
     """
     if episodes < 2:
         return None
     index = np.random.default_rng(seed).integers(episodes, size=(RESAMPLES, episodes))
     values = statistic(index)
-    values = values[np.isfinite(values)]
-    if len(values) == 0:
-        return None
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
+    undefined = np.isnan(values)
+    with np.errstate(invalid="ignore"):  # a quantile between a number and infinity
+        low = np.quantile(np.where(undefined, -np.inf, values), 0.025)
+        high = np.quantile(np.where(undefined, np.inf, values), 0.975)
+    return (float(low), float(high)) if np.isfinite([low, high]).all() else None
 
 
 def mean_ci95(sample: np.ndarray) -> Interval | None:

@@ -19,6 +19,8 @@ import torch
 from specmpc_cli.config.schema import Config
 from specmpc_cli.data.replay import Replay, ReplayEpisode
 from specmpc_cli.engine.actors import PolicyActor, RandomActor, ScriptedActor
+from specmpc_cli.engine.batched_planner import BatchedPlanner
+from specmpc_cli.engine.compiled import judge_for
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.runner import SpeculativeRunner
 from specmpc_cli.engine.world_model import MODEL_SIZES, WorldModel, WorldModelDims
@@ -231,7 +233,10 @@ class Trainer:
             case "policy":
                 return PolicyActor(self.model, explore=True)
             case "planner":
-                return SpeculativeRunner(self.model, self._acting, GateRule(self.config.train.acting.horizon, accept_below=math.inf))
+                return self._runner(self._acting, self.config.train.acting.horizon)
+
+    def _runner(self, planner: BatchedPlanner, horizon: int) -> SpeculativeRunner:
+        return SpeculativeRunner(self.model, planner, GateRule(horizon, accept_below=math.inf), judge=judge_for(self.runtime))
 
     def _decided(self, count: int) -> None:
         """So many decisions were made: learns what is due. Their own episodes can be learnt from only when they have ended."""
@@ -264,7 +269,7 @@ class Trainer:
         phase, self._progress.phase = self._progress.phase, "evaluating"
         self._planning.refresh()
         stats = rollout(
-            SpeculativeRunner(self.model, self._planning, GateRule(1, accept_below=math.inf)),
+            self._runner(self._planning, 1),
             envs,
             [Episode(Purpose.TRAIN_EVAL, self.facts.seed, number) for number in range(self.config.train.eval_episodes)],
             device=self.runtime.device,

@@ -22,10 +22,10 @@ def visit(rows: int = 4, filled: int = 5) -> Visit:
     return Visit(z, torch.rand(rows, 16, generator=g), planned, prior, torch.arange(rows), history)
 
 
-def trained(arch: str) -> torch.nn.Module:
+def trained(arch: str, dims: CorrectorDims = DIMS) -> torch.nn.Module:
     """A corrector whose head is no longer zero."""
     torch.manual_seed(1)
-    network = build_corrector(arch, DIMS).eval()
+    network = build_corrector(arch, dims).eval()
     torch.nn.init.normal_(network.head.weight)
     return network
 
@@ -49,10 +49,14 @@ def test_rows_are_independent(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", CORRECTORS)
-def test_old_plans_share_the_last_age(arch: str) -> None:
-    network, seen = trained(arch), visit()
-    old, older = (replace(seen, age=torch.full((4,), age)) for age in (DIMS.max_age - 1, 10 * DIMS.max_age))
+@pytest.mark.parametrize("oldest", [7, 500])
+def test_plans_older_than_those_of_the_data_count_as_the_oldest_of_them(arch: str, oldest: int) -> None:
+    """Ages have embeddings up to `max_age`, and of those beyond the data none was ever fitted."""
+    network, seen = trained(arch, replace(DIMS, oldest_age=oldest)), visit()
+    last = min(oldest, DIMS.max_age - 1)
+    younger, old, older = (replace(seen, age=torch.full((4,), age)) for age in (last - 1, last, 1000))
     assert torch.equal(network(old)[0], network(older)[0])
+    assert arch == "distilled" or not torch.equal(network(younger)[0], network(old)[0])
 
 
 def test_the_two_tower_reads_the_latents_and_the_temporal_one_the_history() -> None:

@@ -63,6 +63,15 @@ def test_naive_replans_when_the_plan_is_exhausted_and_ages_in_between() -> None:
     assert [count for count, _ in planner.calls] == [0, 4, 8]
 
 
+def test_plans_of_one_action_predict_the_step_after_it() -> None:
+    """A planner that looks one step ahead, replanning at each: what it met is compared with what it predicted, not with what it saw."""
+    model = CountingModel(drift=0.5)
+    planner = ScriptedPlanner(model, PlannerSettings(discount=0.99, horizon=1, iterations=6))
+    drive = Drive(SpeculativeRunner(model, planner, GateRule(1, accept_below=NAIVE)))  # type: ignore[arg-type]
+    drive.step()
+    assert float(drive.step().mismatch) == pytest.approx(0.5)
+
+
 def test_the_executed_actions_are_the_plans_then_its_tails() -> None:
     runner, _ = naive(5)
     drive = Drive(runner)

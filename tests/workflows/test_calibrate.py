@@ -106,10 +106,10 @@ def calibrate(
     spec = EnvSpec("slipping", "tests", 2, 1, STEPS, action_repeat=1, has_success=has_success)
     envs = VectorEnv([TaskEnv(spec, Slipping(**world)) for _ in range(4)])
     monkeypatch.setattr(module.VectorEnv, "make", lambda *_: envs)
-    monkeypatch.setattr(module, "own_spread", lambda _: 0.04)
+    monkeypatch.setattr(module, "own_spread", lambda *_: (0.04, 0))
     runs = [] if runs is None else runs
     options: dict[str, Any] = {"max_return_loss": max_return_loss, "episodes": episodes, "seed": 0, "num_envs": 4}
-    options["judged"] = judged or JudgedGates(Path(tempfile.mkdtemp(), "judged.jsonl"), 0, {})
+    options["judged"] = judged or JudgedGates(Path(tempfile.mkdtemp(), "judged.jsonl"), 0, 20, {})
     planner = SteadyPlanner(CountingModel(drift=0.1), PlannerSettings(discount=0.99, horizon=planner_horizon, iterations=6))
     with Calibrator(
         Bench(spec, planner, config or Config()), **options, on_run=lambda what, count: runs.append((what, count))
@@ -188,7 +188,7 @@ def test_a_gate_that_only_looked_good_makes_no_promise(monkeypatch: pytest.Monke
 
 def test_episodes_that_judged_two_gates_judge_no_other_corrector(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As many as one calibration may try: what is fitted next would be chosen on them."""
-    judged = JudgedGates(tmp_path / "judged.jsonl", 0, {"dtype": "fp32"})
+    judged = JudgedGates(tmp_path / "judged.jsonl", 0, 20, {"dtype": "fp32"})
     first, _ = calibrate(monkeypatch, 0.5, judged=judged)
     again, _ = calibrate(monkeypatch, 0.5, judged=judged)  # the same command once more is told the same
     assert again.promise == first.promise and len((tmp_path / "judged.jsonl").read_text().splitlines()) == 1
@@ -200,11 +200,14 @@ def test_episodes_that_judged_two_gates_judge_no_other_corrector(monkeypatch: py
     calibrate(monkeypatch, 0.5, judged=judged, calibrated=corrector(0.001))
     with pytest.raises(CalibrationFailed, match="already"):  # another gate of a corrector that was judged
         calibrate(monkeypatch, 0.02, judged=judged)
-    calibrate(monkeypatch, 0.5, judged=JudgedGates(tmp_path / "judged.jsonl", 1, {"dtype": "fp32"}), calibrated=corrector(0.002))
+    with pytest.raises(CalibrationFailed, match="already"):  # with some more episodes: asking anew until the answer pleases
+        more = JudgedGates(tmp_path / "judged.jsonl", 0, 25, {"dtype": "fp32"})
+        calibrate(monkeypatch, 0.5, episodes=25, judged=more)
+    calibrate(monkeypatch, 0.5, judged=JudgedGates(tmp_path / "judged.jsonl", 1, 20, {"dtype": "fp32"}), calibrated=corrector(0.002))
 
 
 def test_where_one_gate_may_still_be_judged_its_figures_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    judged = JudgedGates(tmp_path / "judged.jsonl", 0, {})
+    judged = JudgedGates(tmp_path / "judged.jsonl", 0, 20, {})
     calibrate(monkeypatch, 0.5, judged=judged, calibrated=corrector(0.001))
     monkeypatch.setattr(module, "kept_at_least", lambda *_: 0.0)
     with pytest.raises(
@@ -216,7 +219,7 @@ def test_where_one_gate_may_still_be_judged_its_figures_are_said(monkeypatch: py
 def test_a_damaged_list_of_judged_gates_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "judged.jsonl").write_text("{}\n")
     with pytest.raises(StoreError, match="which tells fresh calibrate episodes from spent ones; delete it"):
-        calibrate(monkeypatch, 0.5, judged=JudgedGates(tmp_path / "judged.jsonl", 0, {}))
+        calibrate(monkeypatch, 0.5, judged=JudgedGates(tmp_path / "judged.jsonl", 0, 20, {}))
 
 
 def test_plain_replanning_that_earns_nothing_cannot_be_promised_a_share_of(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,16 @@
-"""What a round of collection runs, before it runs."""
+"""What a round of collection runs, and of what its corrector is made."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from specmpc_cli.config.schema import CollectConfig, SpeculationConfig
-from specmpc_cli.data.shards import DatasetFacts
+from specmpc_cli.data.shards import DatasetFacts, Shard
 from specmpc_cli.data.tuples import Behaviour, TupleDims
-from specmpc_cli.workflows.collect import dataset_name, plan_round
+from specmpc_cli.workflows.collect import collect, dataset_name, plan_round
+from specmpc_cli.workflows.store import FittedCorrector, Store
+from tests.workflows.workbenches import bench, corrector
 
 
 def test_rounds_mix_the_teacher_with_naive_reuse_and_then_with_the_corrector_on_longer_plans() -> None:
@@ -29,3 +32,28 @@ def test_datasets_of_before_a_setting_are_found_with_its_default() -> None:
     now = DatasetFacts("pointmass", "abc", TupleDims(3, 2, 4, 3), {"horizon": 3}, SpeculationConfig().model_dump())
     before = replace(now, runner={name: value for name, value in now.runner.items() if name != "executes"})
     assert dataset_name(now) == dataset_name(before) != dataset_name(replace(now, runner={**now.runner, "executes": "mean"}))
+
+
+def test_another_seeds_data_in_the_same_folder_does_not_decide_how_this_one_acts(tmp_path: Path) -> None:
+    def collected(root: Path, seed: int, rounds: int) -> list[list[tuple[int, int, int]]]:
+        """The keys of the shards that each corrector was made of."""
+        made_of = []
+
+        def fit(shards: list[Shard]) -> FittedCorrector:
+            made_of.append(sorted(shard.key for shard in shards))
+            return corrector()
+
+        collect(Store(root, "pointmass"), bench(), episodes=2, rounds=rounds, seed=seed, fit=fit)
+        return made_of
+
+    alone = collected(tmp_path / "alone", 0, 2)
+    assert alone == [[(0, 1, 0), (0, 1, 1)]]
+    collected(tmp_path / "shared", 1, 1)
+    assert collected(tmp_path / "shared", 0, 2) == alone
+
+
+def test_returns_are_told_by_what_acted(tmp_path: Path) -> None:
+    report = collect(Store(tmp_path, "pointmass"), bench(), episodes=5, rounds=1, seed=0, fit=lambda _: corrector())
+    assert {group: len(returns) for group, returns in report.returns.items()} == {
+        "round 1, naive 6": 2, "round 1, naive 3": 1, "round 1, naive 12": 1, "round 1, teacher": 1,
+    }  # fmt: skip

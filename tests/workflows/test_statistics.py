@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from specmpc_cli.workflows.calibrate import kept_at_least
 from specmpc_cli.workflows.statistics import conformal_bound, cvar05, fewest_episodes, lost_share_bound, mean_ci95, ratio, ratio_ci95
 
 
@@ -39,10 +40,25 @@ def test_no_ratio_where_the_baseline_is_not_positive() -> None:
         assert ratio_ci95(np.ones(4), baseline) is None
 
 
-def test_resamples_with_a_worthless_baseline_are_left_out() -> None:
-    baseline = np.array([0.0, 0.0, 0.0, 1.0])  # success flags: some resamples have no success at all
-    interval = ratio_ci95(np.array([0.0, 0.0, 0.0, 1.0]), baseline)
-    assert interval == pytest.approx((1.0, 1.0))
+def test_no_interval_where_many_resamples_have_a_worthless_baseline() -> None:
+    """Left out, they would be the very ones in which a claim about the ratio fails."""
+    baseline = np.array([0.0, 0.0, 0.0, 1.0])  # success flags: a third of the resamples have no success at all
+    assert ratio_ci95(baseline, baseline) is None
+    returns = np.array([300.0] * 7 + [-100.0] * 13)
+    assert ratio(1.5 * returns, returns) == pytest.approx(1.5) and ratio_ci95(1.5 * returns, returns) is None
+    assert kept_at_least(1.5 * returns, returns, success=False) == 0.0
+
+
+def test_a_few_resamples_with_a_worthless_baseline_widen_the_interval() -> None:
+    returns = np.random.default_rng(0).normal(10.0, 17.0, 20)
+    sample = returns + np.random.default_rng(1).normal(0.0, 1.0, 20)
+    index = np.random.default_rng(0).integers(20, size=(10_000, 20))
+    means = returns[index].mean(1)
+    assert 0.001 < (means <= 0).mean() < 0.02
+    defined = sample[index].mean(1)[means > 0] / means[means > 0]
+    interval = ratio_ci95(sample, returns)
+    assert interval is not None
+    assert interval[0] < np.quantile(defined, 0.025) and interval[1] > np.quantile(defined, 0.975)
 
 
 @pytest.mark.parametrize(("n", "expected"), [(1, 0.0), (10, 0.0), (20, 0.0), (21, 0.5), (40, 0.5), (41, 1.0), (100, 2.0)])
