@@ -30,7 +30,7 @@ from specmpc_cli.envs.registry import lookup
 from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.learning.corrector_fit import FitSettings, TupleTable, fit_corrector, split_by_episode
 from specmpc_cli.runtime import Purpose, choose_runtime
-from specmpc_cli.types import Corrector, Visit
+from specmpc_cli.types import Corrector, Course, Visit
 from specmpc_cli.workflows.acting import Workbench
 from specmpc_cli.workflows.evaluate import calls_saved, episodes_of, scores_of
 from specmpc_cli.workflows.fit_corrector import load_tuples
@@ -245,7 +245,7 @@ def main() -> None:
     for name, wrap in variants.items():
         study.at_horizons(name, horizons, study.fit("two-tower", study.shards, wrap))
     study.at_horizons("naive", horizons)
-    study.at_horizons("naive, tail held", horizons, tail="hold")
+    study.at_horizons("naive, tail held", horizons, course=Course(tail="hold"))
     study.gated({"fixed latent threshold (the published gate)": mismatch, "sensitivity-scaled threshold (training-free)": growth})
 
 

@@ -16,7 +16,18 @@ if TYPE_CHECKING:
 
 Executes = Literal["drawn", "mean"]  # of a plan: the elite that the planner drew, or the elites' weighted mean
 Tail = Literal["policy", "hold"]  # how a plan goes on beyond the planner's horizon
-BEFORE_SETTINGS = {"executes": "drawn", "tail": "policy"}  # what files mean that are older than these settings
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How a plan runs between planner calls. The defaults are what files mean that are older than a setting."""
+
+    executes: Executes = "drawn"
+    tail: Tail = "policy"
+    reroll: bool = False  # after a correction the rest of the plan is predicted anew, from where it was corrected
+
+
+DEFAULT_COURSE = Course()
 
 
 @dataclass(frozen=True, slots=True)

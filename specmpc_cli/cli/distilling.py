@@ -108,7 +108,7 @@ def fit_corrector(
 
     from specmpc_cli.cli.tables import fit_table
     from specmpc_cli.engine.correctors import DEFAULT_ARCHS
-    from specmpc_cli.types import BEFORE_SETTINGS
+    from specmpc_cli.types import DEFAULT_COURSE
     from specmpc_cli.workflows.calibrate import FEWEST_EPISODES, check_promise
     from specmpc_cli.workflows.fit_corrector import NOISE_SAMPLE, as_corrector, fit, measure_label_noise, save
     from specmpc_cli.workflows.ways import DEFAULT_HORIZON, Mode, Way, check_archs
@@ -129,7 +129,7 @@ def fit_corrector(
     shards = store.newest_dataset(bench.teacher)
     folder = shards[0].path.parent
     out.note(f"data: {folder} ({sum(shard.rows for shard in shards)} rows from {len(shards)} episodes)")
-    for name, unnamed in BEFORE_SETTINGS.items():
+    for name, unnamed in asdict(DEFAULT_COURSE).items():
         ours, of_data = getattr(bench.config.speculation, name), shards[0].runner.get(name, unnamed)
         if ours != of_data:
             out.note(f"note: the data's plans have speculation.{name}={of_data}, this corrector's {ours}")

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from specmpc_cli.types import Executes, Tail
+from specmpc_cli.types import Course, Executes, Tail
 
 
 class Section(BaseModel):
@@ -46,8 +46,16 @@ class SpeculationConfig(Section):
         default="drawn", description="what plans of several steps execute: the elite drawn or the elites' mean; correctors keep theirs"
     )
     tail: Tail = Field(default="policy", description="how a plan goes on beyond the planner's horizon; correctors keep theirs")
+    reroll: bool = Field(
+        default=False, description="whether the rest of a plan is predicted anew after a correction; correctors keep theirs"
+    )
     metric: Literal["l2", "l1", "cosine"] = Field(default="l2", description="distance of real and predicted latents")
     max_age: int = Field(default=20, ge=1, le=1000, description="env steps after which an adaptive plan is replaced")
+
+    @property
+    def course(self) -> Course:
+        """How plans run that no corrector brings its own way for."""
+        return Course(self.executes, self.tail, self.reroll)
 
 
 class RefineConfig(Section):

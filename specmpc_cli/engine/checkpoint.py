@@ -20,7 +20,7 @@ from specmpc_cli.engine.official import infer_dims, load_weights, log_std_range
 from specmpc_cli.engine.world_model import LOG_STD_RANGE, WorldModel
 from specmpc_cli.errors import CheckpointError
 from specmpc_cli.files import write_whole
-from specmpc_cli.types import BEFORE_SETTINGS, Executes, Tail
+from specmpc_cli.types import DEFAULT_COURSE, Course, Executes, Tail
 
 TEACHER_KIND = "specmpc-world-model"
 CORRECTOR_KIND = "specmpc-corrector"
@@ -63,8 +63,7 @@ class CorrectorFacts:
     teacher_sha256: str  # of the teacher it was distilled from
     gate: GateRule  # its horizon: the env steps that an adaptive plan lives at most
     promised_with: dict[str, Any] | None = None  # settings of acting that the gate's promise was checked with
-    tail: Tail = "policy"  # of the plans that it corrects
-    executes: Executes = "drawn"  # what those plans execute
+    course: Course = DEFAULT_COURSE  # of the plans that it corrects
 
     @property
     def calibrated(self) -> bool:
@@ -79,8 +78,7 @@ def save_corrector(corrector: BaseCorrector, path: Path, facts: CorrectorFacts) 
         "teacher_sha256": facts.teacher_sha256,
         "config": json.dumps(corrector.config()),
         "gate": json.dumps({**asdict(facts.gate), "promised_with": facts.promised_with}),
-        "executes": facts.executes,
-        "tail": facts.tail,
+        **{name: str(value) for name, value in asdict(facts.course).items()},
     }
     return _save({name: tensor.half() for name, tensor in corrector.state_dict().items()}, path, metadata)
 
@@ -92,9 +90,7 @@ def load_corrector(path: Path) -> tuple[BaseCorrector, CorrectorFacts]:
     try:
         config, gate = json.loads(metadata["config"]), json.loads(metadata["gate"])
         arch = config.pop("arch")
-        # Files of before these were settings name neither.
-        executes: Executes = _one_of(Executes, metadata.get("executes", BEFORE_SETTINGS["executes"]))
-        tail: Tail = _one_of(Tail, metadata.get("tail", BEFORE_SETTINGS["tail"]))
+        course = _course(metadata)
         if arch not in CORRECTORS:
             raise KeyError(arch)
         gate.pop("calibrated", None)  # files of before there was a calibration say so, and name no horizon
@@ -105,15 +101,17 @@ def load_corrector(path: Path) -> tuple[BaseCorrector, CorrectorFacts]:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{path} is not a corrector this version can read ({reason}); fit it again") from None
-    facts = CorrectorFacts(metadata.get("teacher_sha256", ""), rule, promised_with, tail, executes)
+    facts = CorrectorFacts(metadata.get("teacher_sha256", ""), rule, promised_with, course)
     return corrector.requires_grad_(False).eval(), facts
 
 
-def _one_of(names: Any, name: str) -> Any:
-    """The name, if the Literal `names` has it. Raises ValueError if not."""
-    if name not in get_args(names):
-        raise ValueError(f"{name!r} is none of {', '.join(get_args(names))}")
-    return name
+def _course(metadata: Mapping[str, str]) -> Course:
+    """How a corrector's plans run; older files lack some of it. Raises ValueError for what no version knows."""
+    values = {name: metadata.get(name, str(value)) for name, value in asdict(DEFAULT_COURSE).items()}
+    for name, known in (("executes", get_args(Executes)), ("tail", get_args(Tail)), ("reroll", ("False", "True"))):
+        if values[name] not in known:
+            raise ValueError(f"{name} {values[name]!r} is none of {', '.join(known)}")
+    return Course(**{**values, "reroll": values["reroll"] == "True"})  # type: ignore[arg-type] (checked above)
 
 
 def _save(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> str:

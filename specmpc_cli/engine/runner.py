@@ -16,7 +16,7 @@ from specmpc_cli.engine.gate import METRICS, GateLimits, GateRule, decide, limit
 from specmpc_cli.engine.planner import PlannerSettings
 from specmpc_cli.engine.rows import row_by_row
 from specmpc_cli.engine.world_model import WorldModel
-from specmpc_cli.types import Corrector, Decision, Executes, Plan, ReplanReason, RunnerState, StepLog, Tail, Visit
+from specmpc_cli.types import DEFAULT_COURSE, Corrector, Course, Decision, Plan, ReplanReason, RunnerState, StepLog, Visit
 
 
 class Planner(Protocol):
@@ -102,8 +102,7 @@ class SpeculativeRunner:
         rule: GateRule,
         corrector: Corrector | None = None,
         *,
-        executes: Executes = "drawn",
-        tail: Tail = "policy",
+        course: Course = DEFAULT_COURSE,
         history: int = 8,
         judge: Judge = judge,
         refinement: Refinement | None = None,
@@ -111,10 +110,11 @@ class SpeculativeRunner:
         """
         Args:
             model: the fp32 world model that encodes observations and predicts latents.
-            executes: what plans of several steps execute: the elite that the planner drew, or the elites' `mean`. One step per
-                plan is plain TD-MPC2, which executes what it drew.
-            tail: how a plan goes on beyond the planner's horizon: `policy` follows the policy prior's mean through the
-                dynamics, `hold` repeats the last planned action.
+            course: how plans run. `executes`: what plans of several steps execute, the elite that the planner drew or the elites'
+                `mean`; one step per plan is plain TD-MPC2, which executes what it drew. `tail`: how a plan goes on beyond the
+                planner's horizon; `policy` follows the policy prior's mean through the dynamics, `hold` repeats the last planned
+                action. `reroll`: what a plan predicts and, in its tail, proposes after a correction: the same as before, so that
+                the mismatch is the distance from the plan, or anew from the latent and the action that were corrected.
             history: W, the steps a corrector may look back on.
             judge: the function above, or a compiled one.
             refinement: which replans may be cheaper ones; None for none.
@@ -127,8 +127,9 @@ class SpeculativeRunner:
         self._judge = judge
         self.corrector = corrector
         self.history = history
-        self._executes_mean = executes == "mean" and rule.horizon > 1
-        self._next_action = model.pi_mean if tail == "policy" else None
+        self._executes_mean = course.executes == "mean" and rule.horizon > 1
+        self._next_action = model.pi_mean if course.tail == "policy" else None
+        self._rerolls = course.reroll and rule.horizon > 1
         # A plan goes on for a whole planner's horizon past its last step: that is the warm start of the next one, and what is seen where it
         # is exhausted has a planned action to be compared with. One step per plan is plain TD-MPC2, which knows no tail.
         self._length = rule.horizon + planner.settings.horizon if rule.horizon > 1 else planner.settings.horizon
@@ -207,6 +208,8 @@ class SpeculativeRunner:
         action = (planned + delta).clamp(-1, 1)
         correction_norm = torch.linalg.vector_norm(action - planned, dim=1).masked_fill(~corrected, 0.0)
         plan, age, iterations = state.plan, state.age, torch.zeros_like(state.age)
+        if self._rerolls:
+            plan = self._rerolled(plan, age, torch.where(corrected.unsqueeze(1), seen.z, seen.z_pred), action, seen.decision)
         for rows, fresh, spent in replanned:
             plan = plan.put(rows, fresh)
             age = age.index_fill(0, rows, 0)
@@ -223,6 +226,34 @@ class SpeculativeRunner:
             planner_iterations=iterations,
         )
         return action, RunnerState(plan, age + 1, seen.history, state.stream, state.step + 1), log
+
+    def _rerolled(self, plan: Plan, age: Tensor, z: Tensor, action: Tensor, decision: Tensor) -> Plan:
+        """The plan of the rows that keep theirs, predicted anew after `action` at the latent z: as far as the next plan's warm start looks.
+
+        What lies beyond is predicted anew at the next step, from the same latents where that one corrects nothing.
+        """
+        rows = torch.nonzero(decision != Decision.REPLAN).squeeze(1)
+        if not len(rows):
+            return plan
+        horizon = self.planner.settings.horizon
+        ahead = age[rows].unsqueeze(1) + 1 + torch.arange(horizon, device=age.device)  # [R, H]
+        at = rows.unsqueeze(1).expand_as(ahead)
+        course, states = row_by_row(self._roll, z[rows], action[rows], plan.actions[at, ahead], ahead >= horizon)
+        actions, latents = plan.actions.clone(), plan.latents.clone()
+        actions[at, ahead], latents[at, ahead] = course, states
+        return replace(plan, actions=actions, latents=latents)
+
+    def _roll(self, z: Tensor, action: Tensor, planned: Tensor, in_tail: Tensor) -> tuple[Tensor, Tensor]:
+        """z [B, Z], its action [B, A], the next planned actions [B, H, A] and which are the tail's [B, H] → those and their latents."""
+        course, states = [], []
+        for t in range(planned.shape[1]):
+            z = self.model.next(z, action)
+            action = planned[:, t]
+            if self._next_action is not None:
+                action = torch.where(in_tail[:, t, None], self._next_action(z), action)
+            course.append(action)
+            states.append(z)
+        return torch.stack(course, dim=1), torch.stack(states, dim=1)
 
     def warm_start(self, state: RunnerState, first: Tensor) -> Tensor:
         """The old plan's mean shifted by its age, per row; where it runs out the tail's actions, without a tail 0; → [B, H, A]."""

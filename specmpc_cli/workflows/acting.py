@@ -108,14 +108,12 @@ class Workbench:
     def runner(self, way: Way) -> SpeculativeRunner:
         """The speculative runner of a way that plans."""
         network, rule = self._network(way), way.gate_rule(self.config.speculation.metric)
-        course = way.corrector.facts if way.corrector else self.config.speculation
         return SpeculativeRunner(
             self.model,
             self.planner,
             rule,
             network,
-            executes=course.executes,
-            tail=course.tail,
+            course=way.corrector.facts.course if way.corrector else self.config.speculation.course,
             history=network.dims.history if network else DEFAULT_HISTORY,
             judge=judge_for(self.runtime),
             refinement=self.refinement if rule.horizon > 1 else None,  # with one step per plan it is plain replanning

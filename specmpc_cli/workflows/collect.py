@@ -22,7 +22,7 @@ from specmpc_cli.data.tuples import Behaviour, TupleDims, stack_rows
 from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.errors import ConfigError
 from specmpc_cli.runtime import EPISODES_PER_SEED, Purpose
-from specmpc_cli.types import BEFORE_SETTINGS
+from specmpc_cli.types import DEFAULT_COURSE
 from specmpc_cli.versions import versions
 from specmpc_cli.workflows.acting import Workbench
 from specmpc_cli.workflows.labelling import LabelledLog, Labeller
@@ -74,8 +74,9 @@ def dataset_facts(bench: Workbench) -> DatasetFacts:
 
 def dataset_name(facts: DatasetFacts) -> str:
     """<teacher>-<settings>: data of other teachers or settings never mixes."""
-    # Data of before `executes` was a setting must be found.
-    runner = {name: value for name, value in facts.runner.items() if (name, value) != ("executes", BEFORE_SETTINGS["executes"])}
+    # Data of before these were settings must be found.
+    newer = {name: getattr(DEFAULT_COURSE, name) for name in ("executes", "reroll")}
+    runner = {name: value for name, value in facts.runner.items() if (name, value) not in newer.items()}
     settings = json.dumps([facts.planner, runner], sort_keys=True)
     return f"{facts.teacher_sha256[:8]}-{hashlib.sha256(settings.encode()).hexdigest()[:4]}"
 

@@ -77,7 +77,7 @@ def uncalibrated(bench: Workbench) -> CorrectorFacts:
     """Of a corrector of this teacher whose gate always corrects and never falls back."""
     speculation = bench.config.speculation
     gate = GateRule(speculation.max_age, metric=speculation.metric)
-    return CorrectorFacts(bench.teacher.sha256, gate, executes=speculation.executes, tail=speculation.tail)
+    return CorrectorFacts(bench.teacher.sha256, gate, course=speculation.course)
 
 
 def as_corrector(bench: Workbench, fitted: Fitted) -> FittedCorrector:

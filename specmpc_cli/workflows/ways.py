@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -162,12 +162,12 @@ def own_settings(way: Way, config: Config) -> str | None:
     if way.corrector is None or not way.mode.plans:
         return None
     facts = way.corrector.facts
-    own = {"executes": facts.executes, "tail": facts.tail, "metric": facts.gate.metric}
+    own = {**asdict(facts.course), "metric": facts.gate.metric}
     others = {name: value for name, value in own.items() if value != getattr(config.speculation, name)}
     if not others:
         return None
     brought = " and ".join(f"speculation.{name}={value}" for name, value in others.items())
-    here = " and ".join(getattr(config.speculation, name) for name in others)
+    here = " and ".join(str(getattr(config.speculation, name)) for name in others)
     return f"the {way.corrector.arch} corrector brings {brought}; {here} is for the ways without one"
 
 

@@ -8,7 +8,6 @@ import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -28,9 +27,15 @@ from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.official import load_official, official_state, read_official, save_official
 from specmpc_cli.engine.world_model import WorldModel, WorldModelDims
 from specmpc_cli.errors import CheckpointError
+from specmpc_cli.types import Course
 from tests.conftest import DATA, make_model
 
-FACTS = CorrectorFacts("abc", GateRule(12, replan_above=0.5, replan_above_error=0.1, metric="l1"), {"planner": {"horizon": 3}}, "hold")
+FACTS = CorrectorFacts(
+    "abc",
+    GateRule(12, replan_above=0.5, replan_above_error=0.1, metric="l1"),
+    {"planner": {"horizon": 3}},
+    Course("mean", "hold", reroll=True),
+)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_q": 5, "episodic": True}])
@@ -61,9 +66,13 @@ def test_correctors_of_before_there_was_a_calibration_are_uncalibrated(tmp_path:
     assert facts == CorrectorFacts("abc", GateRule(20)) and not facts.calibrated
 
 
-@pytest.mark.parametrize("odd", [{"tail": "spin"}, {"executes": "spin"}])
-def test_a_corrector_whose_plans_run_in_an_unknown_way_is_refused(odd: dict[str, Any], tmp_path: Path) -> None:
-    save_corrector(build_corrector("two-tower", CorrectorDims(16, 2, 32, 4)), tmp_path / "c.safetensors", replace(FACTS, **odd))
+@pytest.mark.parametrize("odd", ["tail", "executes", "reroll"])
+def test_a_corrector_whose_plans_run_in_an_unknown_way_is_refused(odd: str, tmp_path: Path) -> None:
+    save_corrector(
+        build_corrector("two-tower", CorrectorDims(16, 2, 32, 4)),
+        tmp_path / "c.safetensors",
+        replace(FACTS, course=replace(FACTS.course, **{odd: "spin"})),
+    )
     with pytest.raises(CheckpointError, match="'spin' is none of"):
         load_corrector(tmp_path / "c.safetensors")
 

@@ -16,7 +16,7 @@ from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import PlannerSettings, plan
 from specmpc_cli.engine.runner import Refinement, SpeculativeRunner
 from specmpc_cli.runtime import choose_runtime
-from specmpc_cli.types import Decision, Executes, ReplanReason, Rows, RunnerState, StepLog
+from specmpc_cli.types import Course, Decision, Executes, ReplanReason, Rows, RunnerState, StepLog, Tail
 from tests.conftest import make_model
 from tests.fakes import ConstantCorrector, CountingModel, ScriptedPlanner
 
@@ -82,7 +82,7 @@ def test_the_executed_actions_are_the_plans_then_its_tails() -> None:
 
 
 def test_the_hold_tail_repeats_the_last_planned_action() -> None:
-    runner, _ = naive(5, tail="hold")
+    runner, _ = naive(5, course=Course(tail="hold"))
     drive = Drive(runner)
     for _ in range(5):
         drive.step()
@@ -168,21 +168,56 @@ def test_plans_of_several_steps_execute_what_they_are_told_to_and_plain_tdmpc2_w
         return [float(action) for action in drive.actions]
 
     assert actions(4) == pytest.approx([0.01, 0.01, 0.01, -0.5, 0.02, 0.02])
-    assert actions(4, executes="mean") == pytest.approx([0.01, 0.011, 0.012, -0.5, 0.02, 0.021])
-    assert actions(4, executes="mean", tail="hold") == pytest.approx([0.01, 0.011, 0.012, 0.012, 0.02, 0.021])
-    assert actions(1, executes="mean") == actions(1) == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05, 0.06])
+    assert actions(4, course=Course("mean")) == pytest.approx([0.01, 0.011, 0.012, -0.5, 0.02, 0.021])
+    assert actions(4, course=Course("mean", "hold")) == pytest.approx([0.01, 0.011, 0.012, 0.012, 0.02, 0.021])
+    assert actions(1, course=Course("mean")) == actions(1) == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05, 0.06])
 
 
 @pytest.mark.parametrize("executes", ["mean", "drawn"])
 def test_a_plan_predicts_where_its_own_actions_lead(executes: Executes) -> None:
     model = make_model()
-    runner = SpeculativeRunner(model, BatchedPlanner(model, SMALL), GateRule(6, accept_below=NAIVE), executes=executes)
+    runner = SpeculativeRunner(model, BatchedPlanner(model, SMALL), GateRule(6, accept_below=NAIVE), course=Course(executes))
     state = runner.begin(runner.initial_state(2), torch.arange(2), torch.arange(2))
     _, state, _ = runner.act(observations(1, 2)[0], state, torch.ones(2, dtype=torch.bool))
     plan = state.plan
     assert torch.equal(plan.actions[:, : SMALL.horizon], plan.mean) == (executes == "mean")
     for t in range(plan.actions.shape[1]):
         torch.testing.assert_close(plan.latents[:, t + 1], model.next(plan.latents[:, t], plan.actions[:, t]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("tail", ["policy", "hold"])
+def test_after_a_correction_the_rest_of_the_plan_is_predicted_anew_if_asked_for(tail: Tail) -> None:
+    """As far as it is looked at, the plan is what one predicted from the corrected latent and action, with the same planned actions, is."""
+    torch.manual_seed(0)
+    model = make_model().requires_grad_(False)
+    corrector, course = ConstantCorrector(0.1), Course(tail=tail, reroll=True)
+    runner = SpeculativeRunner(model, BatchedPlanner(model, SMALL), GateRule(5), corrector, course=course)  # type: ignore[arg-type]
+    state = runner.begin(runner.initial_state(2), torch.arange(2), torch.arange(2))
+    obs, horizon = torch.randn(5, 2, 4), SMALL.horizon
+    _, state, _ = runner.act(obs[0], state, torch.ones(2, dtype=torch.bool))
+    planned = state.plan
+    for age in range(1, 5):
+        action, state, log = runner.act(obs[age], state, torch.zeros(2, dtype=torch.bool))
+        assert (log.decision == Decision.CORRECT).all()
+        z, expected = model.encode(obs[age]), action
+        for t in range(age + 1, age + 1 + horizon):
+            z = model.next(z, expected)
+            torch.testing.assert_close(state.plan.latents[:, t], z)
+            expected = model.pi_mean(z) if tail == "policy" and t >= horizon else planned.actions[:, t]
+            torch.testing.assert_close(state.plan.actions[:, t], expected)
+
+
+def test_where_nothing_is_corrected_a_plan_predicted_anew_is_the_same_plan() -> None:
+    def run(**options: object) -> tuple[list[Tensor], RunnerState]:
+        runner, _ = naive(6, CountingModel(drift=0.25), **options)
+        drive = Drive(runner)
+        for _ in range(9):
+            drive.step()
+        return drive.actions, drive.state
+
+    (kept, state), (anew, state_anew) = run(), run(course=Course(reroll=True))
+    assert all(torch.equal(*pair) for pair in zip(kept, anew, strict=True))
+    torch.testing.assert_close(state.plan.latents, state_anew.plan.latents)
 
 
 def test_one_rows_reset_leaves_the_others_alone() -> None:

@@ -12,7 +12,7 @@ from specmpc_cli.data.tuples import Behaviour
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import PlannerSettings
 from specmpc_cli.engine.runner import Refinement, SpeculativeRunner
-from specmpc_cli.types import Actor
+from specmpc_cli.types import Actor, Course
 from specmpc_cli.workflows.labelling import Labeller
 from tests.fakes import CountingModel, ScriptedPlanner
 
@@ -49,7 +49,7 @@ def test_a_label_is_a_fresh_plan_around_the_executed_one_and_where_that_is_used_
 
 @pytest.mark.parametrize("behaviour", [Behaviour.NAIVE, Behaviour.TEACHER])
 def test_the_drawn_action_is_recorded_and_is_the_teachers_whatever_plans_execute(behaviour: Behaviour) -> None:
-    runner, _ = two_steps_per_plan(executes="mean")
+    runner, _ = two_steps_per_plan(course=Course("mean"))
     actions, logs = drive(Labeller(runner, behaviour))
     assert [float(log.a_plan) for log in logs[1:]] == pytest.approx([0.011, 0.012, 0.031, 0.032])
     assert [float(log.a_teacher) for log in logs] == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05])
