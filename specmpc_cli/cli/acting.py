@@ -33,7 +33,7 @@ from specmpc_cli.cli.session import (
     prepare_filming,
     runtime_for,
 )
-from specmpc_cli.errors import GateFailed
+from specmpc_cli.errors import ConfigError, GateFailed
 
 
 @common_options
@@ -113,6 +113,8 @@ def compare(
         check_loss(max_return_loss, episodes)
     prepare_filming(common, out, video, task)
     store, bench = open_store(common, out, task, preset, set_)
+    if not bench.spec.has_success and any(one.field == "success_rate" for one in requirements):
+        raise ConfigError(f"--require: {store.task} knows no success, so success_rate has no value there")
     ways = ways_of(bench, steps, matching_correctors(out, store, bench, archs))
     note_ways(out, bench, ways)
     if video:
@@ -157,7 +159,9 @@ def compare(
     if requirements:
         meeting = rows_meeting(report, requirements)
         if not meeting:
-            raise GateFailed(f"no row meets --require {require}")
+            without = [one.field for one in requirements if all(row[one.field] is None for row in report["rows"])]
+            why = f": no row has a value for {', '.join(dict.fromkeys(without))}" if without else ""
+            raise GateFailed(f"no row meets --require {require}{why}")
         out.note(f"--require is met by {', '.join(row_label(row) for row in meeting)}")
     if video:
         film_ways(out, bench, [ways[0], most_saving(ways, report)], common.seed, video)

@@ -3,8 +3,8 @@
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -17,6 +17,21 @@ PLAIN_WIDTH = 140  # columns where there is no terminal
 def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else PLAIN_WIDTH)
+
+
+_for_documents: TextIO | None = None  # standard output, while everything else is kept from it
+
+
+@contextmanager
+def only_documents() -> Iterator[None]:
+    """Within it standard output gets JSON documents alone; whatever else prints, a user's environment for one, goes to standard error."""
+    global _for_documents
+    _for_documents = sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _for_documents = None
 
 
 def print_error(message: str) -> None:
@@ -57,7 +72,7 @@ class Output:
     def document(self, document: Any) -> None:
         """The JSON document, with `--json`."""
         if self.as_json:
-            sys.stdout.write(json.dumps(document, indent=1) + "\n")
+            (_for_documents or sys.stdout).write(json.dumps(document, indent=1) + "\n")
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:

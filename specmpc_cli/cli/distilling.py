@@ -8,7 +8,7 @@ import typer
 from specmpc_cli.cli.console import Output
 from specmpc_cli.cli.options import Common, PresetOption, SetOption, TaskOption, common_options
 from specmpc_cli.cli.session import envs_for, open_store, output_for, prepare_acting
-from specmpc_cli.errors import ConfigError
+from specmpc_cli.errors import CalibrationFailed, ConfigError
 
 if TYPE_CHECKING:
     from specmpc_cli.data.shards import Shard
@@ -147,18 +147,23 @@ def fit_corrector(
     prepare_acting(out, bench, ways, max(envs_for(promise_over), NOISE_SAMPLE))
     noise = measure_label_noise(bench, shards, seed=common.seed)
     waiting = promised if max_return_loss is not None else []  # what carries a promise stays until a new one is kept
+    saved: dict[str, str] = {}
     for one in fitted:
         if one.network.arch not in waiting:
-            save(store, bench, one, noise)
+            saved[one.network.arch] = str(save(store, bench, one, noise))
     out.table(fit_table(fitted, noise))
     out.say(f"label noise: {noise_floor(noise)}")
-    for one in fitted:
-        out.say(f"{one.network.arch}: {store.corrector_folder(one.network.arch)}")
+    for name, path in saved.items():
+        out.say(f"{name}: {path}")
     calibrated: dict[str, Calibration] = {}
+    failure: CalibrationFailed | None = None
     if max_return_loss is not None:
-        for one, calibration in _calibrate(common, out, store, bench, fitted, max_return_loss, promise_over, waiting):
-            save(store, bench, one, noise, calibration)
-            calibrated[one.network.arch] = calibration
+        try:
+            for one, calibration in _calibrate(common, out, store, bench, fitted, max_return_loss, promise_over, waiting):
+                saved[one.network.arch] = str(save(store, bench, one, noise, calibration))
+                calibrated[one.network.arch] = calibration
+        except CalibrationFailed as error:
+            failure = error  # what was fitted is reported all the same
     out.document(
         {
             "schema": 1,
@@ -168,7 +173,7 @@ def fit_corrector(
             "correctors": [
                 {
                     "arch": one.network.arch,
-                    "path": str(store.corrector_folder(one.network.arch)),
+                    "path": saved.get(one.network.arch),
                     "parameters": one.parameters,
                     "validation_error": one.fit.best.validation_error,
                     "planned_error": one.fit.planned_error,
@@ -180,6 +185,8 @@ def fit_corrector(
             ],
         }
     )
+    if failure is not None:
+        raise failure
 
 
 def noise_floor(noise: float) -> str:
@@ -203,7 +210,6 @@ def _calibrate(
     Those of the architectures `waiting` are in no store yet.
     """
     from specmpc_cli.cli.tables import calibration_table, percent
-    from specmpc_cli.errors import CalibrationFailed
     from specmpc_cli.workflows.calibrate import Calibrator
     from specmpc_cli.workflows.fit_corrector import as_saved
     from specmpc_cli.workflows.judged_gates import JudgedGates

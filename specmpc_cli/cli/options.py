@@ -3,11 +3,14 @@
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from specmpc_cli.cli.console import only_documents
 
 
 def _shared(*names: str, **settings: Any) -> Any:
@@ -52,7 +55,8 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def wrapper(**values: Any) -> Any:
         common = Common(**{name: values.pop(name) for name in names})
-        return command(common, **values)
+        with only_documents() if common.json else nullcontext():
+            return command(common, **values)
 
     keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
     wrapper.__signature__ = inspect.Signature([*keyword_only, *shared])  # type: ignore[attr-defined]

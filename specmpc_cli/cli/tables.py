@@ -5,6 +5,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from specmpc_cli.workflows.plots import computed_on, scored_by
 
@@ -154,7 +155,7 @@ def tasks_table(tasks: Sequence[Row], checked: bool) -> Table:
             _number(task["action_dim"]),
             _number(task["decisions"]),
             known,
-            state,
+            Text(state),
         ]
         table.add_row(*cells, *([_speed(task["steps_per_s"])] if checked else []))
     return table

@@ -10,7 +10,7 @@ import io
 import json
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from specmpc_cli.data.tuples import SCHEMA_VERSION, Behaviour, TupleDims
 from specmpc_cli.errors import DatasetError
 from specmpc_cli.files import make_folder, replacing, write_whole
+from specmpc_cli.types import DEFAULT_COURSE
 
 INDEX = "index.h5"
 EpisodeKey = tuple[int, int, int]  # seed, round, episode
@@ -63,6 +64,11 @@ class Shard:
     planner: dict[str, Any]  # settings of the planner that labelled it
     runner: dict[str, Any]  # how plans were executed: the `speculation` settings
 
+    @property
+    def settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Of planner and speculation, those included that are newer than the shard."""
+        return self.planner, {**asdict(DEFAULT_COURSE), **self.runner}
+
 
 class ShardWriter:
     """Writes one shard per episode."""
@@ -76,8 +82,13 @@ class ShardWriter:
         self._writer = uuid.uuid4().hex[:8]
         self._count = 0
 
-    def write(self, columns: Mapping[str, np.ndarray], *, round_: int, episode: int) -> Path:
-        """Writes an episode's columns [rows, ...] as the next shard."""
+    def write(self, columns: Mapping[str, np.ndarray], *, round_: int, episode: int, horizon: int) -> Path:
+        """Writes an episode's columns [rows, ...] as the next shard.
+
+        Args:
+            episode: its number within the round; the column `episode` has the one that names its environment seed.
+            horizon: env steps per plan.
+        """
         path = self._folder / f"shard-{self._writer}-{self._count:05d}.h5"
         buffer = io.BytesIO()  # on a full disk HDF5 itself would complain on standard error
         with h5py.File(buffer, "w") as file:
@@ -85,7 +96,8 @@ class ShardWriter:
                 file.create_dataset(name, data=values, dtype=np.float32, chunks=True, compression="lzf", fletcher32=True)
             for name, value in self._facts.attributes().items():
                 file.attrs[name] = value
-            file.attrs["seed"], file.attrs["round"], file.attrs["episode"] = self._seed, round_, episode
+            for name, value in {"seed": self._seed, "round": round_, "episode": episode, "horizon": horizon}.items():
+                file.attrs[name] = value
             file.attrs["versions"] = self._versions
         write_whole(path, buffer.getvalue())
         self._count += 1
@@ -96,11 +108,17 @@ def read_shards(folder: Path) -> list[Shard]:
     """The dataset's shards in order of (seed, round, episode), each episode once.
 
     Raises:
-        DatasetError: a shard is damaged, foreign or of another schema; it is named.
+        DatasetError: a shard is damaged, foreign, of another schema or collected in another way than the others; it is named.
     """
     shards: dict[EpisodeKey, Shard] = {}
     for path in sorted(folder.glob("shard-*.h5")):
         shard = _inspect(path)
+        first = next(iter(shards.values()), shard)
+        if shard.settings != first.settings:
+            raise DatasetError(
+                f"{path} was collected with other settings of planner or speculation than {first.path.name}, and a dataset has one of "
+                "each; remove one of them"
+            )
         shards.setdefault(shard.key, shard)
     return [shards[key] for key in sorted(shards)]
 

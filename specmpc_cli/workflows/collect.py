@@ -245,4 +245,4 @@ class _Recorder:
         item = self._items[stats.episode.index]
         rows = self._rows.pop(item.index, [])
         if rows:
-            self._writer.write(stack_rows(rows, self._dims), round_=item.round_, episode=item.number)
+            self._writer.write(stack_rows(rows, self._dims), round_=item.round_, episode=item.number, horizon=item.horizon)

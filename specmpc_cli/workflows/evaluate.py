@@ -47,14 +47,20 @@ def evaluate(
 def measure_latency(bench: Workbench, way: Way, envs: VectorEnv, seed: int) -> np.ndarray:
     """Milliseconds from observation to action [steps], one environment at a time, after a warm-up that is not timed.
 
-    From an episode's first step on, and over whole plans, so that planner calls have the share among the steps that they have in use.
+    From an episode's first step on, and over whole plans, so that planner calls have the share among the steps that they have in use; over
+    several episodes where one is too short.
     """
     plan_steps = way.horizon or 1
+    alone = VectorEnv(envs.envs[:1])
 
     def first_steps(count: int) -> list[float]:
         times: list[float] = []
-        alone, episode = VectorEnv(envs.envs[:1]), Episode(Purpose.TUNE, seed, 0)
-        rollout(bench.actor(way), alone, [episode], device=bench.runtime.device, max_steps=count, on_latency=times.append)
+        for number in range(count):
+            missing = math.ceil((count - len(times)) / plan_steps) * plan_steps
+            if missing <= 0:
+                break
+            episode = Episode(Purpose.TUNE, seed, number)
+            rollout(bench.actor(way), alone, [episode], device=bench.runtime.device, max_steps=missing, on_latency=times.append)
         return times
 
     first_steps(LATENCY_WARM_UP)

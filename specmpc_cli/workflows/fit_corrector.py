@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from specmpc_cli.config.schema import PlannerConfig
 from specmpc_cli.data.shards import Shard, read_columns
@@ -133,4 +134,10 @@ def measure_label_noise(bench: Workbench, shards: Sequence[Shard], *, seed: int)
     z, warm_start, label = (
         torch.from_numpy(columns[name][rows]).to(bench.runtime.device) for name in ("z", "warm_start", "a_teacher_mean")
     )
-    return label_noise(bench.planner_for(PlannerConfig(**shards[0].planner)), z, warm_start, label, seed=seed)
+    try:
+        planner = bench.planner_for(PlannerConfig(**shards[0].planner))
+    except ValidationError:
+        raise DatasetError(
+            f"{shards[0].path} was labelled by a planner with settings that this version does not know; collect again"
+        ) from None
+    return label_noise(planner, z, warm_start, label, seed=seed)

@@ -38,7 +38,8 @@ def list_tasks(suite: str | None, *, check: bool, on_task: Any = None) -> dict[s
         try:
             entry = lookup(name)
         except UnknownTask as error:  # a task of the user's own that cannot be made
-            tasks.append({**dict.fromkeys(_FIELDS), "task": name, "suite": suite, "installed": True, "ok": False, "error": str(error)})
+            ok = False if check else None
+            tasks.append({**dict.fromkeys(_FIELDS), "task": name, "suite": suite, "installed": True, "ok": ok, "error": str(error)})
             continue
         tasks.append(_describe(entry) | (_check(entry) if check else {}))
     return {"schema": 1, "tasks": tasks}

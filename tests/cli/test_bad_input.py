@@ -146,6 +146,7 @@ def test_checkpoints_that_do_not_fit_leave_the_store_as_it_was(with_teacher: Com
         (("compare", "--require", "clals_saved>1"), "there is no field clals_saved"),
         (("compare", "--require", "by_age>1"), "there is no field by_age"),
         (("compare", "--require", "calls_saved>1.2.3"), "is not a number"),
+        (("compare", "--require", "success_rate>=0.5"), "pointmass knows no success, so success_rate has no value there"),
         (("collect", "--episodes", "0"), "--episodes must lie in 1..500"),
         (("collect", "--rounds", "99"), "--rounds must lie in 1..20"),
         (("collect", "--device", "cuda:7"), "CUDA devices; use --device cpu"),

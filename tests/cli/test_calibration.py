@@ -80,10 +80,12 @@ def test_a_calibrated_gate_is_kept_and_used(paid: Command) -> None:
     assert "a plan lives at most 20 steps" in lighter.err and "no promise holds here" in lighter.err
 
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    stricter = paid("fit-corrector", "--arch", "two-tower", "--max-return-loss", "0.000001")
+    stricter = paid("fit-corrector", "--arch", "two-tower", "--max-return-loss", "0.000001", "--json")
     assert stricter.code == 2 and "will be replaced if the new one keeps its promise" in stricter.err
     assert "; the store keeps its earlier corrector and that one's gate" in stricter.err.splitlines()[-1]
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    (unsaved,) = stricter.document["correctors"]  # what was fitted is reported, and that it lies nowhere
+    assert unsaved["calibration"] is None and unsaved["path"] is None and unsaved["validation_error"] > 0
     by_hand = paid("eval", "--mode", "adaptive", "--episodes", "1", "--replan-above", "1e9")
     assert "replaced by thresholds given by hand: no promise holds here" in by_hand.err
 

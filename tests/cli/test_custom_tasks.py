@@ -124,6 +124,28 @@ def test_a_broken_package_does_not_hide_the_other_tasks(folder: Path, monkeypatc
     assert lookup("walker-walk").suite.name == "dmcontrol"
 
 
+def test_a_task_that_cannot_be_made_is_listed_with_its_reason_as_it_stands(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    """Brackets in it are no markup, and without --check nothing failed."""
+    (folder / "needy.py").write_text("def make():\n    raise RuntimeError(\"[/tmp/x] needs: pip install 'foo[bar]'\")")
+    monkeypatch.syspath_prepend(folder)
+    for module in (registry, custom):
+        monkeypatch.setattr(module, "entry_points", lambda group: [EntryPoint("needy", "needy:make", "specmpc.tasks")])
+    listed = command("tasks", "--suite", "custom")
+    assert listed.code == 0 and "[/tmp/x] needs: pip install 'foo[bar]'" in " ".join(listed.out.split())
+    (task,) = command("tasks", "--suite", "custom", "--json").document["tasks"]
+    assert task["ok"] is None and "needs" in task["error"]
+    assert command("tasks", "--suite", "custom", "--check").code == 2
+
+
+def test_what_an_environment_prints_does_not_mix_with_the_document(folder: Path, command: Command) -> None:
+    source = EXAMPLE.replace("def make(", "def make_quietly(") + "\n\ndef make():\n    print('hello')\n    return make_quietly()\n"
+    (folder / "chatty.py").write_text(source)
+    result = command("export", "--task", "chatty:make", "--json")
+    assert result.code == 2 and "hello" in result.err and result.out == ""
+
+
 def test_a_module_in_the_current_folder_hides_no_other(folder: Path) -> None:
     (folder / "statistics.py").write_text("raise RuntimeError('shadowed')")
     lookup("balance:make")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -24,7 +25,7 @@ def columns(rows: int, value: float = 1.0) -> dict[str, np.ndarray]:
 def write(folder: Path, episodes: list[tuple[int, int]], *, seed: int = 0) -> list[Path]:
     """Shards of (episode, rows), filled with the episode's number."""
     writer = ShardWriter(folder, FACTS, seed=seed, versions={"specmpc": "0"})
-    return [writer.write(columns(rows, episode), round_=1, episode=episode) for episode, rows in episodes]
+    return [writer.write(columns(rows, episode), round_=1, episode=episode, horizon=6) for episode, rows in episodes]
 
 
 def test_shards_come_back_in_episode_order_with_their_attributes(tmp_path: Path) -> None:
@@ -37,8 +38,24 @@ def test_shards_come_back_in_episode_order_with_their_attributes(tmp_path: Path)
     assert read["warm_start"].shape == (12, 3, 2) and read["step"].tolist() == [0] * 3 + [1] * 4 + [2] * 5
     with h5py.File(shards[0].path) as file:
         assert set(file) == set(DIMS.columns())
+        assert int(file.attrs["horizon"]) == 6
         assert {"schema", "task", "teacher_sha256", "planner", "runner", "seed", "versions", "behaviours"} <= set(file.attrs)
         assert all(file[name].dtype == np.float32 for name in file)
+
+
+def test_shards_that_were_collected_otherwise_are_refused_by_name(tmp_path: Path) -> None:
+    write(tmp_path, [(0, 3)])
+    other = replace(FACTS, planner={**FACTS.planner, "iterations": 99})
+    ShardWriter(tmp_path, other, seed=1, versions={}).write(columns(3), round_=1, episode=0, horizon=6)
+    with pytest.raises(DatasetError, match=r"shard-.*h5 was collected with other settings of planner or speculation than shard-"):
+        read_shards(tmp_path)
+
+
+def test_shards_of_before_a_setting_have_its_default(tmp_path: Path) -> None:
+    write(tmp_path, [(0, 3)])
+    newer = replace(FACTS, runner={**FACTS.runner, "executes": "drawn", "reroll": False})
+    ShardWriter(tmp_path, newer, seed=1, versions={}).write(columns(3), round_=1, episode=0, horizon=6)
+    assert len(read_shards(tmp_path)) == 2
 
 
 def test_the_index_shows_all_shards_as_one(tmp_path: Path) -> None:
@@ -58,7 +75,7 @@ def test_the_index_shows_all_shards_as_one(tmp_path: Path) -> None:
 
 def test_a_crash_while_writing_leaves_the_earlier_shards_and_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = ShardWriter(tmp_path, FACTS, seed=0, versions={})
-    writer.write(columns(3), round_=1, episode=0)
+    writer.write(columns(3), round_=1, episode=0, horizon=6)
     write = Path.write_bytes
 
     def fail_midway(path: Path, data: bytes) -> int:
@@ -67,11 +84,11 @@ def test_a_crash_while_writing_leaves_the_earlier_shards_and_no_half_file(tmp_pa
 
     monkeypatch.setattr(Path, "write_bytes", fail_midway)
     with pytest.raises(StoreError, match="No space left"):
-        writer.write(columns(3), round_=1, episode=1)
+        writer.write(columns(3), round_=1, episode=1, horizon=6)
     monkeypatch.undo()
     assert len(list(tmp_path.iterdir())) == 1  # not even a hidden file beside it
     assert [shard.key for shard in read_shards(tmp_path)] == [(0, 1, 0)]
-    writer.write(columns(3), round_=1, episode=1)
+    writer.write(columns(3), round_=1, episode=1, horizon=6)
     assert len(read_shards(tmp_path)) == 2
 
 

@@ -84,6 +84,8 @@ def test_latency_is_of_whole_plans_each_with_its_planner_call(horizon: int, step
     bench: Any = SimpleNamespace(actor=actor, runtime=choose_runtime("cpu", "fp32"))
     assert len(measure_latency(bench, Way(Mode.NAIVE, horizon), counting_envs(2, decisions=300), seed=0)) == steps
     assert len(planners) == 2 and len(planners[1].calls) == plans
+    short = counting_envs(2, decisions=7)  # several episodes, each from its first step on
+    assert len(measure_latency(bench, Way(Mode.NAIVE, horizon), short, seed=0)) >= steps
 
 
 def test_requirements() -> None:
