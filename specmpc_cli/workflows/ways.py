@@ -166,8 +166,8 @@ def own_settings(way: Way, config: Config) -> str | None:
     others = {name: value for name, value in own.items() if value != getattr(config.speculation, name)}
     if not others:
         return None
-    brought = " and ".join(f"speculation.{name}={value}" for name, value in others.items())
-    here = " and ".join(str(getattr(config.speculation, name)) for name in others)
+    brought = ", ".join(f"speculation.{name}={value}" for name, value in others.items())
+    here = ", ".join(f"{name}={getattr(config.speculation, name)}" for name in others)
     return f"the {way.corrector.arch} corrector brings {brought}; {here} is for the ways without one"
 
 

@@ -127,7 +127,7 @@ def test_a_corrector_keeps_the_plans_that_it_was_fitted_with(with_teacher: Comma
     assert "the data's plans have speculation.executes=drawn, this corrector's mean" in fitted.err
     acts = ("eval", "--mode", "corrected", "--horizon", "6", "--episodes", "2", "--json")
     unset, as_fitted = with_teacher(*acts), with_teacher(*acts, *other)
-    assert "brings speculation.executes=mean and speculation.tail=hold; drawn and policy is for" in unset.err
+    assert "brings speculation.executes=mean, speculation.tail=hold; executes=drawn, tail=policy is for" in unset.err
     assert "brings" not in as_fitted.err
     assert unset.document["rows"][0]["episodes"] == as_fitted.document["rows"][0]["episodes"]
 
