@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from specmpc_cli.data.shards import Shard, read_columns
 from specmpc_cli.engine.gate import GateRule
@@ -148,6 +149,8 @@ def own_spread(bench: Workbench, shards: Sequence[Shard], seed: int) -> tuple[fl
     columns = read_columns(shards, ["z", "warm_start"])
     rows = np.random.default_rng(seed).choice(len(columns["z"]), min(SPREAD_STATES, len(columns["z"])), replace=False)
     z, warm_start = (torch.from_numpy(columns[name][rows]).to(bench.runtime.device) for name in ("z", "warm_start"))
+    horizon = bench.planner.settings.horizon  # the data's may be another
+    warm_start = pad(warm_start[:, :horizon], (0, 0, 0, max(horizon - warm_start.shape[1], 0)))
     plan = plan_anew(bench.planner, z, warm_start, seed=seed)
     distance = (plan.actions[:, 0] - plan.mean[:, 0]).square().mean(-1)
     return float(np.quantile(distance.cpu().numpy(), OWN_SPREAD)), len(rows)

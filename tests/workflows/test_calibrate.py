@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -316,3 +317,27 @@ def test_an_audit_compares_refined_replans_with_whole_ones() -> None:
     assert all(float(log.error) == 0 for log in logs if log.planner_iterations == 6)
     compared = sum(bool(step.log.audited) and int(step.log.planner_iterations) != 6 for step in seen)
     assert len(whole.calls) == 1 + compared  # the first step's plan, and one for each comparison
+
+
+@pytest.mark.parametrize("horizon", [1, 3, 5])
+def test_how_far_own_actions_spread_is_seen_with_the_planner_that_acts(monkeypatch: pytest.MonkeyPatch, horizon: int) -> None:
+    """Whatever the horizon of the planner that labelled the data: here 3."""
+    data = {"z": np.random.default_rng(0).uniform(size=(50, 2)).astype(np.float32), "warm_start": np.zeros((50, 3, 1), np.float32)}
+    monkeypatch.setattr(module, "read_columns", lambda *_: data)
+    planner = ScriptedPlanner(CountingModel(), PlannerSettings(discount=0.99, horizon=horizon, iterations=6))
+    planner_of_spread = replace_actions(planner, 0.3)
+    bench: Any = SimpleNamespace(planner=planner_of_spread, runtime=CPU)
+    spread, calls = module.own_spread(bench, [], 0)
+    assert (spread, calls) == (pytest.approx(0.09), 50)
+    assert [len(warm_start) for _, warm_start in planner.calls] == [horizon] * 50
+
+
+def replace_actions(planner: ScriptedPlanner, off: float) -> Any:
+    """The planner, whose plans draw actions this far from their means."""
+
+    def make(*given: Any) -> Plan:
+        plan = planner(*given)
+        return replace(plan, actions=plan.mean + off)
+
+    make.settings = planner.settings  # type: ignore[attr-defined]
+    return make
