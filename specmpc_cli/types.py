@@ -65,7 +65,7 @@ class ReplanReason(IntEnum):
     NONE = 0
     FIRST = 1
     EXHAUSTED = 2
-    REJECTED = 3  # by the gate: for its mismatch, or for the corrector's expected error
+    MISMATCH = 3  # the gate's: real and predicted latent differ too much, or the corrector expects too large an error
 
 
 @dataclass(frozen=True)

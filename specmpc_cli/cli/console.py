@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -19,19 +20,18 @@ def _console(*, stderr: bool) -> Console:
     return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else PLAIN_WIDTH)
 
 
-_for_documents: TextIO | None = None  # standard output, while everything else is kept from it
+_for_documents: ContextVar[TextIO | None] = ContextVar("for_documents", default=None)  # standard output, while it is kept from others
 
 
 @contextmanager
 def only_documents() -> Iterator[None]:
-    """Within it standard output gets JSON documents alone; whatever else prints, a user's environment for one, goes to standard error."""
-    global _for_documents
-    _for_documents = sys.stdout
+    """Within it what Python code prints, a user's environment for one, goes to standard error, and JSON documents to standard output."""
+    token = _for_documents.set(sys.stdout)
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
-        _for_documents = None
+        _for_documents.reset(token)
 
 
 def print_error(message: str) -> None:
@@ -72,7 +72,7 @@ class Output:
     def document(self, document: Any) -> None:
         """The JSON document, with `--json`."""
         if self.as_json:
-            (_for_documents or sys.stdout).write(json.dumps(document, indent=1) + "\n")
+            (_for_documents.get() or sys.stdout).write(json.dumps(document, indent=1) + "\n")
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:

@@ -8,7 +8,7 @@ import typer
 from specmpc_cli.cli.console import Output
 from specmpc_cli.cli.options import Common, PresetOption, SetOption, TaskOption, common_options
 from specmpc_cli.cli.session import envs_for, open_store, output_for, prepare_acting
-from specmpc_cli.errors import CalibrationFailed, ConfigError
+from specmpc_cli.errors import CalibrationFailed, ConfigError, SpecMPCError
 
 if TYPE_CHECKING:
     from specmpc_cli.data.shards import Shard
@@ -68,8 +68,7 @@ def collect(
     if report.new_episodes == 0:
         out.note("nothing to do: the dataset has these episodes already; ask for more --episodes or --rounds, or another --seed")
     for group, returns in report.returns.items():
-        how = "" if group.endswith("teacher") else " steps per plan"
-        out.note(f"{group}{how}: mean return {sum(returns) / len(returns):.1f} over {len(returns)} episodes")
+        out.note(f"{group}: mean return {sum(returns) / len(returns):.1f} over {len(returns)} episodes")
     if report.new_episodes:
         out.note(f"{report.planner_calls} planner calls labelled the new episodes, in {report.seconds / 60:.1f} minutes")
     out.say(f"{report.rows} rows from {report.episodes} episodes ({report.new_episodes} new) in {report.folder}")
@@ -156,13 +155,13 @@ def fit_corrector(
     for name, path in saved.items():
         out.say(f"{name}: {path}")
     calibrated: dict[str, Calibration] = {}
-    failure: CalibrationFailed | None = None
+    failure: SpecMPCError | None = None
     if max_return_loss is not None:
         try:
             for one, calibration in _calibrate(common, out, store, bench, fitted, max_return_loss, promise_over, waiting):
                 saved[one.network.arch] = str(save(store, bench, one, noise, calibration))
                 calibrated[one.network.arch] = calibration
-        except CalibrationFailed as error:
+        except SpecMPCError as error:
             failure = error  # what was fitted is reported all the same
     out.document(
         {

@@ -103,7 +103,9 @@ def train(
         resume=resume,
     )
     again = ["specmpc", "train", "--task", store.task, "--resume", "--steps", str(steps)]
-    trainer.again = shlex.join([*again, *repeated(common, "store", "name", "device", "dtype"), *(["--tensorboard"] if tensorboard else [])])
+    again += repeated(common, "store", "name", "device", "dtype")
+    again += [part for option, values in (("--preset", preset), ("--set", set_)) for value in values or [] for part in (option, value)]
+    trainer.again = shlex.join([*again, *(["--tensorboard"] if tensorboard else [])])
     begun = trainer.counters.decisions
     how = f"continues after {begun} decisions" if begun else "begins anew"
     out.note(f"task: {store.task} · {trainer.facts.size}M model · {describe(trainer.runtime)} · {how}")

@@ -21,7 +21,7 @@ from specmpc_cli.types import Visit
 
 @dataclass(frozen=True, slots=True)
 class CorrectorDims:
-    """What a corrector's network is built from; all but `dropout` fix the shapes of its weights."""
+    """What a corrector's network is built from; all but `oldest_age` and `dropout` fix the shapes of its weights."""
 
     latent_dim: int
     action_dim: int
@@ -30,7 +30,8 @@ class CorrectorDims:
     layers: int = 2  # Transformer layers; the two-tower has one hidden layer per tower and two after the fusion
     heads: int = 4
     max_age: int = 32  # ages have embeddings up to here
-    oldest_age: int = 20  # in the data it was fitted to: older plans count as this old, for embeddings beyond were never fitted
+    # In the data it was fitted to: older plans count as this old, for embeddings beyond were never fitted. Files of before have 20.
+    oldest_age: int = 20
     dropout: float = 0.2  # while fitting: without it the training error falls to a third of the validation error
 
 

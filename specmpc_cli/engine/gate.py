@@ -93,7 +93,7 @@ def decide(mismatch: Tensor, expected_error: Tensor, age: Tensor, first: Tensor,
     diverged = ~accept & ((mismatch > rule.replan_above) | (expected_error > rule.replan_above_error) | mismatch.isnan())
 
     reason = torch.full_like(age, int(ReplanReason.NONE))
-    reason = torch.where(diverged, int(ReplanReason.REJECTED), reason)
+    reason = torch.where(diverged, int(ReplanReason.MISMATCH), reason)
     reason = torch.where(exhausted, int(ReplanReason.EXHAUSTED), reason)
     reason = torch.where(first, int(ReplanReason.FIRST), reason)
     kept = torch.where(accept, int(Decision.ACCEPT), int(Decision.CORRECT))

@@ -139,11 +139,11 @@ def _is_plain(value: object) -> bool:
 
 def log_std_range(values: Mapping[str, Tensor | str], name: str) -> dict[str, float]:
     """The range of the policy prior's log-std: the newer layout holds it, the older one has the official default."""
+    if not {"log_std_min", "log_std_dif"} & values.keys():
+        return {}
     try:
         low, width = float(values["log_std_min"]), float(values["log_std_dif"])
-    except KeyError:
-        return {}
-    except (RuntimeError, ValueError):
+    except (KeyError, RuntimeError, ValueError):
         low, width = math.nan, math.nan
     if not (math.isfinite(low) and math.isfinite(width) and width > 0):
         raise CheckpointError(f"{name}: log_std_min and log_std_dif must be two numbers, the second above 0; the checkpoint is damaged")

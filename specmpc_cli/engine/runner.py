@@ -129,7 +129,7 @@ class SpeculativeRunner:
         self.history = history
         self._executes_mean = course.executes == "mean" and rule.horizon > 1
         self._next_action = model.pi_mean if course.tail == "policy" else None
-        self._rerolls = course.reroll and rule.horizon > 1
+        self._rerolls = course.reroll and corrector is not None and rule.horizon > 1
         # A plan goes on for a whole planner's horizon past its last step: that is the warm start of the next one, and what is seen where it
         # is exhausted has a planned action to be compared with. One step per plan is plain TD-MPC2, which knows no tail.
         self._length = rule.horizon + planner.settings.horizon if rule.horizon > 1 else planner.settings.horizon
@@ -177,20 +177,20 @@ class SpeculativeRunner:
 
     def adopt(self, plan: Plan) -> Plan:
         """The plan as this runner executes it: the drawn elite or the mean, and then the tail."""
-        actions, latents = row_by_row(self._course, plan.actions, plan.latents, plan.mean)
+        actions, latents = row_by_row(self._with_tail, plan.actions, plan.latents, plan.mean)
         return replace(plan, actions=actions, latents=latents)
 
-    def _course(self, actions: Tensor, latents: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    def _with_tail(self, actions: Tensor, latents: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         """Actions [B, H, A], latents [B, H+1, Z] and mean [B, H, A] of plans → what is executed, [B, L, A], and predicted, [B, L+1, Z]."""
         if self._executes_mean:
             actions, latents = mean, latents[:, :1]
-        course, states = list(actions.unbind(1)), list(latents.unbind(1))
+        executed, states = list(actions.unbind(1)), list(latents.unbind(1))
         for t in range(self._length):
-            if t == len(course):
-                course.append(course[-1] if self._next_action is None else self._next_action(states[t]))
+            if t == len(executed):
+                executed.append(executed[-1] if self._next_action is None else self._next_action(states[t]))
             if t + 1 == len(states):
-                states.append(self.model.next(states[t], course[t]))
-        return torch.stack(course, dim=1), torch.stack(states, dim=1)
+                states.append(self.model.next(states[t], executed[t]))
+        return torch.stack(executed, dim=1), torch.stack(states, dim=1)
 
     def _replan_rows(self, planner: Planner, mask: Tensor, seen: Judgement, state: RunnerState, first: Tensor) -> Replanned | None:
         """New plans by `planner` of the rows under the mask [B]; None if there are none."""
@@ -238,29 +238,29 @@ class SpeculativeRunner:
         horizon = self.planner.settings.horizon
         ahead = age[rows].unsqueeze(1) + 1 + torch.arange(horizon, device=age.device)  # [R, H]
         at = rows.unsqueeze(1).expand_as(ahead)
-        course, states = row_by_row(self._roll, z[rows], action[rows], plan.actions[at, ahead], ahead >= horizon)
+        proposed, states = row_by_row(self._roll, z[rows], action[rows], plan.actions[at, ahead], ahead >= horizon)
         actions, latents = plan.actions.clone(), plan.latents.clone()
-        actions[at, ahead], latents[at, ahead] = course, states
+        actions[at, ahead], latents[at, ahead] = proposed, states
         return replace(plan, actions=actions, latents=latents)
 
     def _roll(self, z: Tensor, action: Tensor, planned: Tensor, in_tail: Tensor) -> tuple[Tensor, Tensor]:
         """z [B, Z], its action [B, A], the next planned actions [B, H, A] and which are the tail's [B, H] → those and their latents."""
-        course, states = [], []
+        proposed, states = [], []
         for t in range(planned.shape[1]):
             z = self.model.next(z, action)
             action = planned[:, t]
             if self._next_action is not None:
                 action = torch.where(in_tail[:, t, None], self._next_action(z), action)
-            course.append(action)
+            proposed.append(action)
             states.append(z)
-        return torch.stack(course, dim=1), torch.stack(states, dim=1)
+        return torch.stack(proposed, dim=1), torch.stack(states, dim=1)
 
     def warm_start(self, state: RunnerState, first: Tensor) -> Tensor:
         """The old plan's mean shifted by its age, per row; where it runs out the tail's actions, without a tail 0; → [B, H, A]."""
         plan, horizon = state.plan, self.planner.settings.horizon
-        course = torch.cat([plan.mean, plan.actions[:, horizon:]], dim=1)  # [B, L, A]
-        index = state.age.unsqueeze(1) + torch.arange(horizon, device=course.device)  # [B, H]
-        inside = (index < course.shape[1]) & ~first.unsqueeze(1)
-        index = index.clamp(max=course.shape[1] - 1)
-        shifted = course.gather(1, index.unsqueeze(2).expand(-1, -1, course.shape[2]))
+        means = torch.cat([plan.mean, plan.actions[:, horizon:]], dim=1)  # [B, L, A]
+        index = state.age.unsqueeze(1) + torch.arange(horizon, device=means.device)  # [B, H]
+        inside = (index < means.shape[1]) & ~first.unsqueeze(1)
+        index = index.clamp(max=means.shape[1] - 1)
+        shifted = means.gather(1, index.unsqueeze(2).expand(-1, -1, means.shape[2]))
         return torch.where(inside.unsqueeze(2), shifted, 0.0)

@@ -6,7 +6,7 @@ A suite provides a `Simulator` (raw steps in its own units); `TaskEnv` makes a G
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import gymnasium
 import numpy as np
@@ -14,6 +14,8 @@ import numpy as np
 from specmpc_cli.errors import SimulationDiverged
 from specmpc_cli.types import EnvSpec
 
+_Given = TypeVar("_Given")
+_Result = TypeVar("_Result")
 Script = Callable[[np.ndarray], np.ndarray]  # a scripted policy: observation [O] → action [A] in [-1, 1]
 
 
@@ -35,7 +37,7 @@ class Simulator(Protocol):
     action_high: np.ndarray  # [A]
 
     def reset(self, seed: int) -> np.ndarray:
-        """Begins the episode that this seed names; the same seed gives the same episode."""
+        """Begins the episode that this seed names; the same seed gives the same episode. Raises as `step` does."""
         ...
 
     def step(self, action: np.ndarray) -> RawStep:
@@ -77,17 +79,17 @@ class TaskEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         del options  # no task takes any
         self._seed = self._seed + 1 if seed is None else seed
         self._steps = 0
-        return self._checked(self.simulator.reset(self._seed)), {}
+        return self._checked(self._of_simulator(self.simulator.reset, self._seed)), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         native = self._centre + self._half_range * np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0)
         self._steps += 1
-        raw = self._raw_step(native)
+        raw = self._of_simulator(self.simulator.step, native)
         reward = float(raw.reward)
         for _ in range(self.task_spec.action_repeat - 1):
             if raw.terminated or raw.truncated:
                 break
-            raw = self._raw_step(native)
+            raw = self._of_simulator(self.simulator.step, native)
             reward += float(raw.reward)
         obs = self._checked(raw.obs)
         if not np.isfinite(reward):
@@ -104,9 +106,10 @@ class TaskEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def close(self) -> None:
         self.simulator.close()
 
-    def _raw_step(self, native: np.ndarray) -> RawStep:
+    def _of_simulator(self, ask: Callable[[_Given], _Result], given: _Given) -> _Result:
+        """What the simulator answers; where it diverged, said with task, step and seed."""
         try:
-            return self.simulator.step(native)
+            return ask(given)
         except SimulationDiverged as error:
             raise self._diverged(str(error)) from None
 
@@ -120,5 +123,5 @@ class TaskEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     def _diverged(self, what: str) -> SimulationDiverged:
         return SimulationDiverged(
             f"{self.task_spec.task}: the simulation diverged at step {self._steps} of the episode with seed {self._seed}: {what}; "
-            "other episodes are those of another --seed"
+            "another --seed brings other episodes"
         )

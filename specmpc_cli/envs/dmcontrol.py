@@ -39,13 +39,12 @@ class DMControlSimulator:
 
     def reset(self, seed: int) -> np.ndarray:
         self._random.seed(seed)
-        return _flatten(self._env.reset().observation)
+        with _named_divergence():
+            return _flatten(self._env.reset().observation)
 
     def step(self, action: np.ndarray) -> RawStep:
-        try:
+        with _named_divergence():
             step = self._env.step(action)
-        except PhysicsError as error:
-            raise SimulationDiverged(" ".join(str(error).split())) from None
         return RawStep(_flatten(step.observation), step.reward, truncated=step.last())
 
     def render(self, height: int, width: int) -> np.ndarray:
@@ -65,6 +64,15 @@ def make_simulator(task: str) -> DMControlSimulator:
             domain, name = task.replace("-", "_").split("_", 1)
             env = suite.load(_DOMAINS.get(domain, domain), name, task_kwargs={"random": random})
     return DMControlSimulator(env, random, camera=2 if task.startswith("quadruped") else 0)
+
+
+@contextlib.contextmanager
+def _named_divergence() -> Iterator[None]:
+    """What MuJoCo warns of, as our error."""
+    try:
+        yield
+    except PhysicsError as error:
+        raise SimulationDiverged(" ".join(str(error).split())) from None
 
 
 @contextlib.contextmanager

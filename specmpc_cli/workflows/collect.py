@@ -166,7 +166,7 @@ class Recorded:
     def label(self) -> str:
         if self.behaviour is Behaviour.TEACHER:  # it plans at every step, whatever the plan in its shadow does
             return "teacher"
-        return f"{self.behaviour.name.lower()} {self.horizon}"
+        return f"{self.behaviour.name.lower()} {self.horizon} steps per plan"
 
 
 def _run_round(

@@ -143,7 +143,7 @@ def _gate_rates(way: Way, stats: list[EpisodeStats], steps: int) -> Row:
     if way.mode is Mode.POLICY:
         return dict.fromkeys(names)
     decisions = Counter(decision for stat in stats for decision in stat.decisions)
-    fallbacks = sum(reason == ReplanReason.REJECTED for stat in stats for reason in stat.reasons)
+    fallbacks = sum(reason == ReplanReason.MISMATCH for stat in stats for reason in stat.reasons)
     corrections = [
         norm for stat in stats for norm, decision in zip(stat.correction_norms, stat.decisions, strict=True) if decision == Decision.CORRECT
     ]

@@ -12,7 +12,7 @@ from typing import Any
 from specmpc_cli.engine.checkpoint import weights_sha256
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.errors import StoreError
-from specmpc_cli.files import write_whole
+from specmpc_cli.files import make_folder
 from specmpc_cli.workflows.store import FittedCorrector
 
 _FIELDS = ("seed", "episodes", "arch", "teacher", "corrector", "gate", "acting")
@@ -43,9 +43,14 @@ class JudgedGates:
     def add(self, corrector: FittedCorrector, rule: GateRule) -> None:
         """Remembers that this gate has been judged. Raises StoreError."""
         line = self._line(corrector, rule)
-        lines = self._lines()
-        if line not in lines:
-            write_whole(self._path, "".join(json.dumps(each) + "\n" for each in [*lines, line]))
+        if line in self._lines():
+            return
+        make_folder(self._path.parent)
+        try:
+            with open(self._path, "a") as file:  # one short write at the end: what others add meanwhile stays
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise StoreError(f"cannot write {self._path}: {error.strerror}; choose another --store") from None
 
     def _line(self, corrector: FittedCorrector, rule: GateRule) -> dict[str, Any]:
         return {

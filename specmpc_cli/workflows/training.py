@@ -26,7 +26,16 @@ from specmpc_cli.engine.runner import SpeculativeRunner
 from specmpc_cli.engine.world_model import MODEL_SIZES, WorldModel, WorldModelDims
 from specmpc_cli.envs.registry import make_script
 from specmpc_cli.envs.vector import VectorEnv
-from specmpc_cli.errors import ActionNotFinite, CheckpointError, ConfigError, Interrupted, SpecMPCError, StoreError, TrainingDiverged
+from specmpc_cli.errors import (
+    ActionNotFinite,
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    SimulationDiverged,
+    SpecMPCError,
+    StoreError,
+    TrainingDiverged,
+)
 from specmpc_cli.learning.learner import Learner, LearnerSettings
 from specmpc_cli.learning.losses import Batch, LossSettings
 from specmpc_cli.runtime import Purpose, Runtime
@@ -158,6 +167,8 @@ class Trainer:
                 raise self._diverged("an action is not finite") from None
             except TrainingDiverged:
                 raise
+            except SimulationDiverged as error:  # continued, it would only come there again
+                raise SimulationDiverged(f"{error}; begin anew with --fresh and another --seed, or another --name") from None
             except SpecMPCError as error:
                 raise type(error)(f"{error}; {self._kept}") from None
             except KeyboardInterrupt:

@@ -124,6 +124,7 @@ class TestInProcess:
         line = stopped.err.strip().splitlines()[-1]
         arguments = shlex.split(line.partition("go on from there with ")[2])
         assert arguments[:2] == ["specmpc", "train"] and "--seed" not in arguments
+        assert arguments[-2:] == ["--set", "train.eval_every=200"]  # asked for anew, it may be in no checkpoint yet
         done = CliRunner().invoke(app, [*arguments[1:], "--json"])
         document = json.loads(done.stdout)
         assert (document["decisions"], document["seed"]) == (240, 5)
@@ -193,7 +194,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_by_a_signal_it_ends_where_an_uninterrupted_training_ends(
-    command: Command, teacher: Path, run, how: signal.Signals
+    command: Command, teacher: Path, run, preset: str, how: signal.Signals
 ) -> None:
     process = run(100_000)
     wait_for(teacher / "resume" / "state.safetensors", process)
@@ -203,7 +204,8 @@ def test_stopped_by_a_signal_it_ends_where_an_uninterrupted_training_ends(
     assert process.returncode == (130 if how == signal.SIGINT else -9), err
     if how == signal.SIGINT:
         assert err.strip().splitlines()[-1].startswith("error: interrupted after")
-        assert f"go on from there with specmpc train --task pointmass --resume --steps 100000 --store {command.store}\n" in err
+        again = f"specmpc train --task pointmass --resume --steps 100000 --store {command.store} --preset {preset}"
+        assert f"go on from there with {again}\n" in err
     saved = ResumeFolder(teacher / "resume").saved()
     assert saved is not None
     done = run(saved.counters.decisions + 80)

@@ -226,8 +226,8 @@ def test_the_range_of_the_priors_log_std_is_the_files_own(tmp_path: Path) -> Non
     assert all(torch.equal(exported[name], state[name]) for name in ("log_std_min", "log_std_dif"))
 
 
-@pytest.mark.parametrize("odd", [torch.tensor(0), torch.tensor(torch.nan), torch.zeros(3)])
-def test_a_senseless_range_of_log_std_is_refused(tmp_path: Path, odd: torch.Tensor) -> None:
+@pytest.mark.parametrize("odd", [torch.tensor(0), torch.tensor(torch.nan), torch.zeros(3), None])
+def test_a_senseless_range_of_log_std_is_refused(tmp_path: Path, odd: torch.Tensor | None) -> None:
     torch.save({"model": official_state(make_model()) | {"log_std_dif": odd}}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="log_std_min and log_std_dif must be two numbers"):
         load_official(tmp_path / "x.pt", obs_dim=4, action_dim=2)

@@ -22,13 +22,13 @@ def test_the_three_bands_and_their_borders() -> None:
     rule = GateRule(horizon=10, accept_below=0.2, replan_above=0.5)
     decision, reason = run(rule, [0.1, 0.2, 0.3, 0.5, 0.6], [1] * 5, [False] * 5)
     assert decision == [A, A, C, C, R]
-    assert reason == [ReplanReason.NONE] * 4 + [ReplanReason.REJECTED]
+    assert reason == [ReplanReason.NONE] * 4 + [ReplanReason.MISMATCH]
 
 
 def test_first_beats_exhausted_beats_mismatch() -> None:
     rule = GateRule(horizon=3, accept_below=0.2, replan_above=0.5)
     _, reason = run(rule, [9.0, 9.0, 9.0], [3, 3, 2], [True, False, False])
-    assert reason == [ReplanReason.FIRST, ReplanReason.EXHAUSTED, ReplanReason.REJECTED]
+    assert reason == [ReplanReason.FIRST, ReplanReason.EXHAUSTED, ReplanReason.MISMATCH]
 
 
 def test_before_calibration_corrected_always_corrects_and_naive_always_accepts() -> None:
@@ -38,7 +38,7 @@ def test_before_calibration_corrected_always_corrects_and_naive_always_accepts()
 
 
 def test_a_mismatch_that_is_not_a_number_replans() -> None:
-    assert run(GateRule(horizon=9), [math.nan], [1], [False]) == ([R], [ReplanReason.REJECTED])
+    assert run(GateRule(horizon=9), [math.nan], [1], [False]) == ([R], [ReplanReason.MISMATCH])
 
 
 def test_an_expected_error_above_its_threshold_replans_unless_the_plan_is_accepted() -> None:

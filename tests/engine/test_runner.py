@@ -209,7 +209,7 @@ def test_after_a_correction_the_rest_of_the_plan_is_predicted_anew_if_asked_for(
 
 def test_where_nothing_is_corrected_a_plan_predicted_anew_is_the_same_plan() -> None:
     def run(**options: object) -> tuple[list[Tensor], RunnerState]:
-        runner, _ = naive(6, CountingModel(drift=0.25), **options)
+        runner, _ = naive(6, CountingModel(drift=0.25), corrector=ConstantCorrector(0.1), **options)
         drive = Drive(runner)
         for _ in range(9):
             drive.step()

@@ -55,5 +55,8 @@ def test_another_seeds_data_in_the_same_folder_does_not_decide_how_this_one_acts
 def test_returns_are_told_by_what_acted(tmp_path: Path) -> None:
     report = collect(Store(tmp_path, "pointmass"), bench(), episodes=5, rounds=1, seed=0, fit=lambda _: corrector())
     assert {group: len(returns) for group, returns in report.returns.items()} == {
-        "round 1, naive 6": 2, "round 1, naive 3": 1, "round 1, naive 12": 1, "round 1, teacher": 1,
-    }  # fmt: skip
+        "round 1, naive 6 steps per plan": 2,
+        "round 1, naive 3 steps per plan": 1,
+        "round 1, naive 12 steps per plan": 1,
+        "round 1, teacher": 1,
+    }

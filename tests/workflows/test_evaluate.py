@@ -32,7 +32,7 @@ def episode(index: int, rewards: list[float], decisions: list[int], *, success: 
     for step, (reward, decision) in enumerate(zip(rewards, decisions, strict=True)):
         stats.met_ages.append(age + 1 if step else 0)
         age = 0 if decision == R else age + 1
-        reason = ReplanReason.NONE if decision != R else ReplanReason.REJECTED if step else ReplanReason.FIRST
+        reason = ReplanReason.NONE if decision != R else ReplanReason.MISMATCH if step else ReplanReason.FIRST
         stats.rewards.append(reward)
         stats.decisions.append(decision)
         stats.reasons.append(reason)

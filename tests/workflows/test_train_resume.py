@@ -105,7 +105,7 @@ def test_how_it_acts_may_change_on_the_way_and_the_metrics_say_when(tmp_path: Pa
 def test_options_left_out_are_those_of_the_saved_training(tmp_path: Path) -> None:
     begin(tmp_path, num_envs=2).run(120, Watcher())
     continued = begin(tmp_path, settings=[])
-    assert continued.facts.num_envs == 2 and continued.facts.seed == 0 and continued.config.train.batch_size == 8
+    assert continued.facts.num_envs == 2 and continued.config.train.batch_size == 8
     one_more = begin(tmp_path, settings=["train.eval_every=5000"])
     assert one_more.config.train.batch_size == 8 and one_more.config.planner.iterations == 1 and not one_more.notes
 
