@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,6 +71,11 @@ class Runtime:
     @property
     def dtype_name(self) -> str:
         return "bf16" if self.dtype == torch.bfloat16 else "fp32"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What reports say of it."""
+        return {"device": str(self.device), "dtype": self.dtype_name, "threads": self.threads, "compiled": self.compiled}
 
 
 def choose_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:

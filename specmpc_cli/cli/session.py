@@ -35,8 +35,7 @@ def describe(runtime: "Runtime") -> str:
     """`cpu, fp32, compiled, 2 threads`."""
     from specmpc_cli.workflows.plots import computed_on
 
-    facts = {"device": runtime.device, "dtype": runtime.dtype_name, "compiled": runtime.compiled, "threads": runtime.threads}
-    return computed_on(facts)
+    return computed_on(runtime.facts)
 
 
 def open_store(

@@ -190,6 +190,7 @@ class Calibrator:
         self._on_run, self._on_step, self._on_trial = on_run, on_step, on_trial
         self._baselines: dict[Purpose, list[EpisodeStats]] = {}
         self._planner_calls = 0
+        self._own_spread: tuple[float, int] | None = None
         self._envs = VectorEnv.make(bench.spec.task, num_envs)
 
     def __enter__(self) -> Self:
@@ -202,7 +203,8 @@ class Calibrator:
         """The gate that saves most of the planner calls and keeps the promise.
 
         Args:
-            shards: of the data that the corrector was fitted to; in its states it is seen how far the teacher's own actions spread.
+            shards: of the data that the correctors were fitted to, the same for all of them; in its states it is seen how far the
+                teacher's own actions spread.
 
         Raises:
             CalibrationFailed: no gate keeps the promise, plain replanning earns nothing that a share of could be promised, or these
@@ -212,7 +214,9 @@ class Calibrator:
             raise CalibrationFailed(self._spent(corrector))
         started, has_success = time.perf_counter(), self._bench.spec.has_success
         check_hope(self._max_return_loss, len(self._fresh), self._scores(self._baseline(Purpose.TUNE)), has_success)
-        wrong_above, self._planner_calls = own_spread(self._bench, shards, self._seed)
+        if self._own_spread is None:
+            self._own_spread = own_spread(self._bench, shards, self._seed)
+        wrong_above, self._planner_calls = self._own_spread
         speculation = self._bench.config.speculation
         free, stats = self._tune_trial(corrector, GateRule(speculation.max_age, metric=speculation.metric))
         tuned, candidates, tested = [free], self._passing([free]), []

@@ -192,15 +192,11 @@ def _mean_or_none(values: np.ndarray) -> float | None:
 
 def make_report(bench: Workbench, seed: int, episodes: int, rows: list[Row]) -> Report:
     """The document of `eval --json` and `compare --json` (docs/json.md)."""
-    runtime = bench.runtime
     return {
         "schema": REPORT_SCHEMA,
         "task": bench.spec.task,
         "teacher": {"source": bench.teacher.source, "sha256": bench.teacher.sha256},
-        "device": str(runtime.device),
-        "dtype": runtime.dtype_name,
-        "threads": runtime.threads,
-        "compiled": runtime.compiled,
+        **bench.runtime.facts,
         "seed": seed,
         "episodes": episodes,
         "config": bench.config.acting_settings(),

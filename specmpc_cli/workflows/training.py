@@ -43,7 +43,8 @@ from specmpc_cli.types import Actor, EnvSpec
 from specmpc_cli.versions import versions
 from specmpc_cli.workflows.acting import COMPILER_ERRORS, compilers_fault, make_planner, plan_once
 from specmpc_cli.workflows.plots import computed_on, plot_training
-from specmpc_cli.workflows.rollout import Episode, Transition, rollout
+from specmpc_cli.workflows.rollout import Episode, rollout
+from specmpc_cli.workflows.round_recorder import RoundRecorder
 from specmpc_cli.workflows.store import Store, timestamp
 from specmpc_cli.workflows.train_log import ActorName, Line, Progress, TrainingLog, Watcher, not_finite, write_diagnosis
 from specmpc_cli.workflows.train_state import Counters, ResumeFolder, SavedTraining, TrainFacts
@@ -194,7 +195,7 @@ class Trainer:
 
     def _round(self, envs: VectorEnv) -> None:
         """Plays one episode in each environment, learning after each decision; then makes the burst if the seed phase ended."""
-        recorder = _Recorder()
+        recorder = RoundRecorder()
         seeding = self.counters.seed_decisions is None
         who = self._who_acts(seeding)
         first, count = self.counters.episodes, self.facts.num_envs
@@ -344,10 +345,7 @@ class Trainer:
 
     @property
     def _computed_on(self) -> str:
-        runtime = self.runtime
-        return computed_on(
-            {"device": runtime.device.type, "dtype": runtime.dtype_name, "compiled": runtime.compiled, "threads": runtime.threads}
-        )
+        return computed_on({**self.runtime.facts, "device": self.runtime.device.type})  # which of several devices makes no difference
 
     # What can go wrong
 
@@ -374,27 +372,6 @@ class Trainer:
             f"the training of {self.spec.task} diverged at decision {self.counters.decisions}: {what}; "
             f"{kept if self.checkpointed else 'there is no checkpoint yet'}; {diagnosis}; "
             "start over with --fresh and a lower --set train.lr, or another --seed"
-        )
-
-
-class _Recorder:
-    """Keeps the transitions of a round."""
-
-    def __init__(self) -> None:
-        self._transitions: dict[int, list[Transition]] = {}
-
-    def step(self, transition: Transition) -> None:
-        self._transitions.setdefault(transition.episode.index, []).append(transition)
-
-    def episode(self, number: int) -> ReplayEpisode:
-        """A finished episode as the replay takes it."""
-        steps = self._transitions[number]
-        return ReplayEpisode(
-            number,
-            np.stack([*(step.obs for step in steps), steps[-1].next_obs]),
-            np.stack([step.action for step in steps]),
-            np.array([step.reward for step in steps], dtype=np.float32),
-            np.array([step.terminated for step in steps], dtype=np.float32),
         )
 
 

@@ -128,12 +128,12 @@ def test_a_task_that_cannot_be_made_is_listed_with_its_reason_as_it_stands(
     folder: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
     """Brackets in it are no markup, and without --check nothing failed."""
-    (folder / "needy.py").write_text("def make():\n    raise RuntimeError(\"[/tmp/x] needs: pip install 'foo[bar]'\")")
+    (folder / "needy.py").write_text("def make():\n    raise RuntimeError(\"[/absent] needs: pip install 'foo[bar]'\")")
     monkeypatch.syspath_prepend(folder)
     for module in (registry, custom):
         monkeypatch.setattr(module, "entry_points", lambda group: [EntryPoint("needy", "needy:make", "specmpc.tasks")])
     listed = command("tasks", "--suite", "custom")
-    assert listed.code == 0 and "[/tmp/x] needs: pip install 'foo[bar]'" in " ".join(listed.out.split())
+    assert listed.code == 0 and "[/absent] needs: pip install 'foo[bar]'" in " ".join(listed.out.split())
     (task,) = command("tasks", "--suite", "custom", "--json").document["tasks"]
     assert task["ok"] is None and "needs" in task["error"]
     assert command("tasks", "--suite", "custom", "--check").code == 2
