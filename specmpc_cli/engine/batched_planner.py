@@ -60,14 +60,15 @@ class BatchedPlanner:
         other._calls = other._captured_calls()
         return other
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Takes over the model's weights, after an optimiser changed them."""
-        torch._foreach_copy_(list(self._compute_model.parameters()), list(self._rollout_model.parameters()))
+        self._compute_model.take_weights(self._rollout_model)
 
     def __call__(self, z: Tensor, warm_start: Tensor, streams: Tensor, steps: Tensor) -> Plan:
         """z [B, Z], warm_start [B, H, A], streams and steps [B] int64 → a plan of B rows, B ≥ 1."""
         parts, done, total = [], 0, z.shape[0]
+        if total in self._calls:  # no rows to pick
+            return Plan(*self._calls[total](z, warm_start, streams, steps))
         while done < total:
             size = self._size_for(total - done)
             rows = torch.arange(done, done + size, device=z.device).clamp(max=total - 1)

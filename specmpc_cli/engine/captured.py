@@ -51,7 +51,15 @@ class CapturedCall:
                 self._outputs = self._fn(*self._inputs)
         except RuntimeError as error:
             self._enabled = False
-            torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
+            _leave_failed_capture(stream)
             warnings.warn(f"not captured in a CUDA graph, so it runs slower: {str(error).strip().splitlines()[0]}", stacklevel=3)
             return
         self._graph = graph
+
+
+def _leave_failed_capture(stream: torch.cuda.Stream) -> None:
+    """Takes back what a capture that fails leaves behind: its stream as the current one, the default generator bound to its graph."""
+    torch.cuda.set_stream(stream)
+    generator = torch.cuda.default_generators[stream.device_index]
+    fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
+    generator.graphsafe_set_state(fresh.graphsafe_get_state())

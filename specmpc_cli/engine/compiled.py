@@ -6,6 +6,7 @@ One MPPI iteration is the unit (not the unrolled plan): it compiles once per bat
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar, cast
@@ -13,9 +14,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from specmpc_cli.engine.draws import Draws, device_draws, host_draws
+from specmpc_cli.engine.draws import Draws, block_numbers, device_draws, draws_from, host_draws
 from specmpc_cli.engine.gate import GateLimits
-from specmpc_cli.engine.planner import EAGER, Kernels, iterate, prior_actions
+from specmpc_cli.engine.planner import EAGER, Kernels, PlannerNoise, PlannerSettings, iterate, prior_actions
 from specmpc_cli.engine.rows import row_by_row
 from specmpc_cli.engine.runner import Judge, Judgement, judge
 from specmpc_cli.engine.world_model import WorldModel
@@ -34,6 +35,9 @@ def compiled(fn: _Function) -> _Function:
     use_compile_cache()
     # Models of other sizes in one process are no reason to give up: each is compiled for its own shapes.
     torch._dynamo.config.recompile_limit = 256
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # fp32 was asked for; bf16 is what there is to be faster
+    # On a GPU sizes that its matrix units dislike are padded always, instead of after half a minute of trying both.
+    torch._inductor.config.force_shape_pad = True
     return cast(_Function, torch.compile(fn, fullgraph=True, dynamic=False))
 
 
@@ -89,7 +93,12 @@ def draws_for(runtime: Runtime) -> Draws:
 @cache
 def compiled_draws() -> Draws:
     """The device's draws, compiled."""
-    return compiled(device_draws)
+    from_blocks = compiled(draws_from)
+
+    def draws(s: PlannerSettings, action_dim: int, num_q: int, streams: Tensor, steps: Tensor) -> PlannerNoise:
+        return from_blocks(s, action_dim, num_q, streams, steps, block_numbers(s, action_dim, streams.device))
+
+    return draws
 
 
 def batch_sizes_for(runtime: Runtime) -> tuple[int, ...]:

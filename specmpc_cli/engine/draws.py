@@ -46,22 +46,45 @@ def _host_row(s: PlannerSettings, action_dim: int, num_q: int, rng: np.random.Ge
 
 def device_draws(s: PlannerSettings, action_dim: int, num_q: int, streams: Tensor, steps: Tensor) -> PlannerNoise:
     """All draws of B rows, computed where streams and steps [B] int64 lie, without a word to the host."""
-    shapes = {
+    return draws_from(s, action_dim, num_q, streams, steps, block_numbers(s, action_dim, streams.device))
+
+
+def block_numbers(s: PlannerSettings, action_dim: int, device: torch.device) -> Tensor:
+    """The counters of one row's draws, int64: each gives four words."""
+    return torch.arange(math.ceil(sum(_counts(s, action_dim)) / 4), device=device)
+
+
+def draws_from(s: PlannerSettings, action_dim: int, num_q: int, streams: Tensor, steps: Tensor, blocks: Tensor) -> PlannerNoise:
+    """`device_draws` from its block numbers. To a compiler they must be data: products of an index it computes in 32 bits."""
+    counts = _counts(s, action_dim)
+    for_normal, for_heads, for_elites = _uniform(streams, steps, blocks)[:, : sum(counts)].split(counts, dim=1)
+    first, second = for_normal.chunk(2, dim=1)
+    radius, angle = torch.sqrt(-2.0 * torch.log(first)), 2.0 * math.pi * second  # Box and Muller
+    normal = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)
+    shapes = _normal_shapes(s, action_dim)
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    parts = normal[:, : sum(sizes)].split(sizes, dim=1)
+    return PlannerNoise(
+        q_index=_two_of(num_q, for_heads.unflatten(1, (s.iterations, 2))),
+        exponential=-torch.log(for_elites),
+        **{name: part.unflatten(1, shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)},
+    )
+
+
+def _normal_shapes(s: PlannerSettings, action_dim: int) -> dict[str, tuple[int, ...]]:
+    """The normal draws of one row."""
+    return {
         "prior_eps": (s.num_pi_trajs, s.horizon, action_dim),
         "sample_eps": (s.iterations, s.num_samples - s.num_pi_trajs, s.horizon, action_dim),
         "terminal_eps": (s.iterations, s.num_samples, action_dim),
         "action_eps": (action_dim,),
     }
-    counts = [math.prod(shape) for shape in shapes.values()]
-    pairs = math.ceil(sum(counts) / 2)
-    heads, elites = 2 * s.iterations, s.num_elites
-    uniform = _uniform(streams, steps, 2 * pairs + heads + elites)  # [B, n]
-    radius = torch.sqrt(-2.0 * torch.log(uniform[:, :pairs]))  # Box and Muller
-    angle = 2.0 * math.pi * uniform[:, pairs : 2 * pairs]
-    normal = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, : sum(counts)]
-    parts = {name: part.unflatten(1, shapes[name]) for name, part in zip(shapes, normal.split(counts, dim=1), strict=True)}
-    of_heads, of_elites = uniform[:, 2 * pairs :].split([heads, elites], dim=1)
-    return PlannerNoise(q_index=_two_of(num_q, of_heads.unflatten(1, (s.iterations, 2))), exponential=-torch.log(of_elites), **parts)
+
+
+def _counts(s: PlannerSettings, action_dim: int) -> list[int]:
+    """The uniform draws behind one row: for its normal draws (an even number), its Q-heads and its elites."""
+    normal = sum(math.prod(shape) for shape in _normal_shapes(s, action_dim).values())
+    return [normal + normal % 2, 2 * s.iterations, s.num_elites]
 
 
 def _two_of(num_q: int, uniform: Tensor) -> Tensor:
@@ -71,15 +94,14 @@ def _two_of(num_q: int, uniform: Tensor) -> Tensor:
     return torch.stack([first, second + (second >= first)], dim=-1)
 
 
-def _uniform(streams: Tensor, steps: Tensor, count: int) -> Tensor:
-    """Uniform draws in (0, 1) of each row's (stream, step), fp32 [B, count]."""
-    blocks = math.ceil(count / 4)
-    index = torch.arange(blocks, device=streams.device).expand(len(streams), -1)
+def _uniform(streams: Tensor, steps: Tensor, blocks: Tensor) -> Tensor:
+    """Uniform draws in (0, 1) of each row's (stream, step), four for each block number; fp32 [B, n]."""
+    index = blocks.expand(len(streams), -1)
     step = steps.unsqueeze(1).expand_as(index)
     zero = torch.zeros_like(index)
     words = philox4x32((index, step & _LOW, (step >> 32) & _LOW, zero), (streams.unsqueeze(1) & _LOW, (streams.unsqueeze(1) >> 32) & _LOW))
     # With 23 bits the half, which keeps 0 and 1 out, still fits into fp32's mantissa.
-    return ((torch.stack(words, dim=2).flatten(1)[:, :count] >> 9).float() + 0.5) * 2.0**-23
+    return ((torch.stack(words, dim=2).flatten(1) >> 9).float() + 0.5) * 2.0**-23
 
 
 _LOW = 0xFFFFFFFF

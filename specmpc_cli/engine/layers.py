@@ -1,7 +1,8 @@
 """Building blocks of TD-MPC2's networks. Knows nothing of what the networks are for.
 
 Weights may be stored in bf16: each layer casts its input to the weight's dtype for the matrix product and does everything else
-(LayerNorm, activation) in fp32, so one code path serves exact fp32 and fast bf16.
+(LayerNorm, activation) in fp32, so one code path serves exact fp32 and fast bf16. They may also be padded with zeros to sizes that a GPU's
+bf16 products like (`Linear.pad`); what they compute stays the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,17 +35,45 @@ class SimNorm:
         return torch.softmax(groups, dim=-1).flatten(-2)
 
 
-class Linear(nn.Module):
+class Padded(nn.Module):
+    """A layer whose weight [..., out, in] and bias [..., out] may be larger than its `out_dim` and its inputs."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    out_dim: int
+
+    def pad(self, multiple: int) -> None:
+        """Adds zeros until out and in are multiples of this."""
+        out_rest, in_rest = (-size % multiple for size in self.weight.shape[-2:])
+        self.weight.data = F.pad(self.weight.data, (0, in_rest, 0, out_rest))
+        self.bias.data = F.pad(self.bias.data, (0, out_rest))
+
+    def ready(self, x: Tensor) -> Tensor:
+        """Inputs [..., in] in the weight's dtype and width."""
+        return widened(x.to(self.weight.dtype), self.weight.shape[-1])
+
+    def result(self, y: Tensor) -> Tensor:
+        """A product [..., out] in fp32, without the padding."""
+        return (y if y.shape[-1] == self.out_dim else y[..., : self.out_dim]).float()
+
+
+def widened(x: Tensor, width: int) -> Tensor:
+    """x [..., n] with zeros up to this width."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+class Linear(Padded):
     """Affine map whose product runs in the weight's dtype and whose result is fp32."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
+        self.out_dim = out_dim
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
         self.bias = nn.Parameter(torch.zeros(out_dim))
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias).float()
+        return self.result(F.linear(self.ready(x), self.weight, self.bias))
 
 
 class NormedLinear(Linear):
@@ -67,8 +96,8 @@ class NormedLinear(Linear):
         if dtype is torch.bfloat16 and x.device.type == "cpu":
             # oneDNN's bf16 products take no row stride: they would copy such weights transposed, at five times the cost.
             of_shared, of_own = of_shared.contiguous(), of_own.contiguous()
-        common = F.linear(shared.to(dtype), of_shared, self.bias).float()
-        own = F.linear(x.to(dtype), of_own).float()
+        common = self.result(F.linear(shared.to(dtype), of_shared, self.bias))
+        own = self.result(F.linear(widened(x.to(dtype), of_own.shape[-1]), of_own))
         return self.activation(self.ln(common + own))
 
 
@@ -80,11 +109,12 @@ def mlp(in_dim: int, hidden: Sequence[int], out_dim: int, last: Activation | Non
     return nn.Sequential(*layers)
 
 
-class LinearEnsemble(nn.Module):
+class LinearEnsemble(Padded):
     """`num_heads` affine maps with stacked weights [E, out, in], followed by LayerNorm and Mish if `normed`."""
 
     def __init__(self, num_heads: int, in_dim: int, out_dim: int, normed: bool) -> None:
         super().__init__()
+        self.out_dim = out_dim
         self.weight = nn.Parameter(torch.empty(num_heads, out_dim, in_dim))
         self.bias = nn.Parameter(torch.zeros(num_heads, out_dim))
         nn.init.trunc_normal_(self.weight, std=0.02)
@@ -96,22 +126,21 @@ class LinearEnsemble(nn.Module):
         `head` None: through all heads, [E, N, in] → [E, N, out]; inputs that the heads share may come as [1, N, in].
         `mask` [B, N, out] multiplies the product (dropout).
         """
-        y = self._product(x, head)
+        y = self.result(self._product(self.ready(x), head))
         if mask is not None:
             y = y * mask
         return y if self.ln is None else mish(self.ln(y, head))
 
     def _product(self, x: Tensor, head: int | Tensor | None) -> Tensor:
-        x = x.to(self.weight.dtype)
         if isinstance(head, int):
-            return F.linear(x, self.weight[head], self.bias[head]).float()
+            return F.linear(x, self.weight[head], self.bias[head])
         if head is None and x.shape[0] == 1:  # one wide product serves all heads
-            y = F.linear(x[0], self.weight.flatten(0, 1), self.bias.flatten()).float()  # [N, E·out]
+            y = F.linear(x[0], self.weight.flatten(0, 1), self.bias.flatten())  # [N, E·out]
             return y.unflatten(1, self.bias.shape).transpose(0, 1)
         weight, bias = (self.weight, self.bias) if head is None else (self.weight[head], self.bias[head])
         if len(weight) == 1 and weight.dtype is torch.bfloat16:  # as a batched product, compiled, oneDNN would copy it transposed
-            return F.linear(x[0], weight[0], bias[0]).float().unsqueeze(0)
-        return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2)).float()
+            return F.linear(x[0], weight[0], bias[0]).unsqueeze(0)
+        return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
 
 
 class StackedLayerNorm(nn.Module):

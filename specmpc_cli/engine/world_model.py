@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from specmpc_cli.engine.layers import Linear, LinearEnsemble, SimNorm, mlp
+from specmpc_cli.engine.layers import Linear, LinearEnsemble, Padded, SimNorm, mlp
 from specmpc_cli.engine.twohot import two_hot_inv
 
 LOG_STD_RANGE = (-10.0, 2.0)  # of the policy prior
@@ -196,12 +196,22 @@ class WorldModel(nn.Module):
         """Mean value of two drawn Q-heads. z [B, N, Z], a [B, N, A], q_index [B, 2] → [B, N].
 
         Only the two heads are evaluated (the official code evaluates all and then selects). With two heads in all, the
-        draw changes nothing, so the weights stay constants, which the compiler can pack once.
+        draw changes nothing, so the weights stay constants, which the compiler can pack once. On a GPU both are one batched product.
         """
         x = torch.cat([z, a], dim=-1)
+        if x.device.type != "cpu":
+            return self.values_at_once(x, q_index).mean(1)
         heads: tuple[int | Tensor, ...] = (0, 1) if self.q.num_q == 2 else (q_index[:, 0], q_index[:, 1])
         first, second = (self.decode(self.q.logits(x, head)) for head in heads)
         return (first + second) / 2
+
+    def values_at_once(self, x: Tensor, q_index: Tensor) -> Tensor:
+        """Values [B, 2, N] of the two heads q_index [B, 2] at x [B, N, Z+A]."""
+        if self.q.num_q == 2:
+            logits = self.q.logits(x.flatten(0, 1).unsqueeze(0), None)  # [2, B·N, bins]
+            return self.decode(logits).unflatten(1, x.shape[:2]).transpose(0, 1)
+        twice = x.unsqueeze(1).expand(-1, 2, -1, -1).flatten(0, 1)  # [2B, N, Z+A]
+        return self.decode(self.q.logits(twice, q_index.flatten())).unflatten(0, q_index.shape)
 
     def decode(self, logits: Tensor) -> Tensor:
         """Bin logits [..., bins] → scalar [...]."""
@@ -233,13 +243,26 @@ class WorldModel(nn.Module):
         return single
 
     def compute_copy(self, dtype: torch.dtype) -> WorldModel:
-        """A frozen copy whose matrix products run in `dtype`; LayerNorm parameters stay fp32."""
+        """A frozen copy whose matrix products run in `dtype`; LayerNorm parameters stay fp32.
+
+        For bf16 on a GPU weights are padded to multiples of eight, which its matrix units need at full speed; `take_weights` renews them.
+        """
         twin = copy.deepcopy(self).requires_grad_(False).eval()
+        on_gpu = next(self.parameters()).device.type != "cpu"
         for module in twin.modules():
-            if isinstance(module, Linear | LinearEnsemble):
+            if isinstance(module, Padded):
                 module.weight.data = module.weight.data.to(dtype)
                 module.bias.data = module.bias.data.to(dtype)
+                if on_gpu and dtype is torch.bfloat16:
+                    module.pad(8)
         return twin
+
+    @torch.no_grad()
+    def take_weights(self, source: WorldModel) -> None:
+        """Copies another model's weights into this one, which may be a `compute_copy` of it."""
+        given: list[Tensor] = list(source.parameters())
+        inner = [mine[tuple(map(slice, theirs.shape))] for mine, theirs in zip(self.parameters(), given, strict=True)]
+        torch._foreach_copy_(inner, given)
 
 
 def _on_pairs(net: nn.Sequential, z: Tensor, a: Tensor) -> Tensor:

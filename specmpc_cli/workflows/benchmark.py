@@ -169,8 +169,8 @@ class Subject:
 
     def prepare(self, what: Sequence[str]) -> tuple[list[Case], str | None]:
         """The rows of this size, our path of each run once, which compiles what will be compiled; and what went wrong, if that fails."""
-        cases = self._cases(what)
         try:
+            cases = self._cases(what)
             for case in cases:
                 case.ours()
         except COMPILER_ERRORS as error:

@@ -38,7 +38,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> tuple[CapturedCall, list[str]]:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the caller's")
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: events.append(f"stream is {stream}"))
+    monkeypatch.setattr("specmpc_cli.engine.captured._leave_failed_capture", lambda stream: events.append(f"stream is {stream}"))
     call = CapturedCall(work, enabled=True)
     return call, events
 
@@ -102,3 +102,22 @@ def test_a_real_graph_computes_what_the_function_does() -> None:
     for number in range(6):
         given = tuple(value.cuda() for value in inputs(number))
         assert float(call(*given).total) == 3 * number + 3
+
+
+@pytest.mark.gpu
+def test_a_real_capture_that_fails_leaves_stream_and_draws_usable() -> None:
+    """The draws after it are the ones that the caller seeded, and other work can still be captured."""
+
+    def talking_to_the_host(x: Tensor) -> Result:
+        drawn = torch.randn(3, device=x.device)
+        return Result(drawn.sum() + x.sum().item(), drawn)
+
+    call, x = CapturedCall(talking_to_the_host, enabled=True), torch.ones(3, device="cuda")
+    stream = torch.cuda.current_stream()
+    drawn = []
+    with pytest.warns(UserWarning, match="not captured in a CUDA graph"):
+        for _ in range(EAGER_CALLS + 3):
+            torch.manual_seed(5)
+            drawn.append(call(x).doubled)
+    assert torch.cuda.current_stream() == stream
+    assert all(torch.equal(one, drawn[0]) for one in drawn)

@@ -97,3 +97,12 @@ def test_compiled_device_draws_are_the_same_draws() -> None:
     for name in FIELDS:
         expected: Tensor = getattr(eager, name)
         torch.testing.assert_close(getattr(compiled, name), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_compiled_draws_on_a_gpu_are_those_of_a_cpu() -> None:
+    """The words are the same to the last bit; logarithms and cosines are not."""
+    on_gpu = compiled_draws()(SETTINGS, 3, 5, torch.tensor([7, 2**62 + 6]).cuda(), torch.tensor([11, 0]).cuda())
+    on_cpu = some(device_draws, [7, 2**62 + 6], [11, 0])
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(on_gpu, name).cpu(), getattr(on_cpu, name), rtol=1e-4, atol=1e-4, msg=name)

@@ -1,0 +1,91 @@
+"""What a GPU computes in fewer, larger and padded products is what a CPU computes one by one. Both run here on the CPU, in fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from specmpc_cli.engine.layers import Padded
+from specmpc_cli.engine.planner import rewards_at_once
+from specmpc_cli.engine.world_model import WorldModel, WorldModelDims
+
+ROWS, CANDIDATES, HORIZON = 3, 7, 3
+
+
+def odd_model(num_q: int, episodic: bool = False) -> WorldModel:
+    """A model none of whose sizes is a multiple of eight, but for the latent's, which SimNorm needs."""
+    torch.manual_seed(0)
+    model = WorldModel(WorldModelDims(5, 3, 16, 21, 19, 2, num_q, episodic=episodic, num_bins=11))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model.requires_grad_(False)
+
+
+def padded(model: WorldModel) -> WorldModel:
+    twin = model.compute_copy(torch.float32)
+    for module in twin.modules():
+        if isinstance(module, Padded):
+            module.pad(8)
+    return twin
+
+
+def latents_and_actions() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.rand(ROWS, CANDIDATES, 16), torch.rand(ROWS, CANDIDATES, 3) * 2 - 1
+
+
+@pytest.mark.parametrize("num_q", [2, 5])
+def test_padding_changes_nothing_that_a_model_computes(num_q: int) -> None:
+    model = odd_model(num_q, episodic=True)
+    twin = padded(model)
+    sizes = {size for module in twin.modules() if isinstance(module, Padded) for size in module.weight.shape[-2:]}
+    assert all(size % 8 == 0 for size in sizes)
+    z, a = latents_and_actions()
+    shared = z[:, :1]
+    q_index = torch.tensor([[0, 1], [1, 0], [num_q - 1, 0]])
+    for compute in (
+        lambda m: m.encode(torch.ones(2, 5)),
+        lambda m: m.next(z, a),
+        lambda m: m.next(shared, a),
+        lambda m: m.reward(z, a),
+        lambda m: m.reward(shared, a),
+        lambda m: m.termination_net(z),
+        lambda m: torch.cat(m.pi(z), dim=-1),
+        lambda m: m.q_pair(z, a, q_index),
+        lambda m: m.q.logits(torch.cat([z, a], dim=-1).flatten(0, 1).unsqueeze(0), None),
+        lambda m: m.values_at_once(torch.cat([z, a], dim=-1), q_index),
+    ):
+        torch.testing.assert_close(compute(twin), compute(model), rtol=0, atol=1e-5)
+
+
+def test_a_padded_copy_takes_over_new_weights() -> None:
+    model = odd_model(2)
+    twin = padded(model)
+    z, a = latents_and_actions()
+    for parameter in model.parameters():
+        parameter.mul_(1.3)
+    assert not torch.allclose(twin.reward(z, a), model.reward(z, a), atol=1e-3)
+    twin.take_weights(model)
+    torch.testing.assert_close(twin.reward(z, a), model.reward(z, a), rtol=0, atol=1e-5)
+    torch.testing.assert_close(twin.next(z, a), model.next(z, a), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_q", [2, 5])
+def test_two_heads_at_once_are_the_two_heads(num_q: int) -> None:
+    model = odd_model(num_q)
+    z, a = latents_and_actions()
+    q_index = torch.tensor([[0, 1], [1, 0], [num_q - 1, 0]])
+    torch.testing.assert_close(model.values_at_once(torch.cat([z, a], dim=-1), q_index).mean(1), model.q_pair(z, a, q_index))
+
+
+def test_rewards_at_once_are_those_of_each_step() -> None:
+    model = odd_model(2)
+    torch.manual_seed(2)
+    actions = torch.rand(ROWS, CANDIDATES, HORIZON, 3) * 2 - 1
+    latents = [torch.rand(ROWS, 1, 16), *(torch.rand(ROWS, CANDIDATES, 16) for _ in range(HORIZON - 1))]
+    at_once = rewards_at_once(model, latents, actions)
+    assert len(at_once) == HORIZON
+    for t, reward in enumerate(at_once):
+        torch.testing.assert_close(reward, model.reward(latents[t].expand(-1, CANDIDATES, -1), actions[:, :, t]))
