@@ -13,7 +13,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
 
+from specmpc_cli.engine.captured import CapturedCall
 from specmpc_cli.engine.draws import Draws, block_numbers, device_draws, draws_from, host_draws
 from specmpc_cli.engine.gate import GateLimits
 from specmpc_cli.engine.planner import EAGER, Kernels, PlannerNoise, PlannerSettings, iterate, prior_actions
@@ -37,7 +39,7 @@ def compiled(fn: _Function) -> _Function:
     torch._dynamo.config.recompile_limit = 256
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # fp32 was asked for; bf16 is what there is to be faster
     # On a GPU sizes that its matrix units dislike are padded always, instead of after half a minute of trying both.
-    torch._inductor.config.force_shape_pad = True
+    inductor.force_shape_pad = True
     return cast(_Function, torch.compile(fn, fullgraph=True, dynamic=False))
 
 
@@ -66,10 +68,27 @@ def compiled_judge() -> Judge:
     return judge_row
 
 
+@cache
+def captured_judge() -> Judge:
+    """The judgement of all rows as one CUDA graph for each number of rows: a hundred small operations are not launched one by one."""
+    calls: dict[tuple[WorldModel, Corrector | None, str, int], CapturedCall] = {}
+
+    @torch.inference_mode()
+    def judge_rows(model: WorldModel, corrector: Corrector | None, metric: str, limits: GateLimits, *seen: Tensor) -> Judgement:
+        def judged(*given: Tensor) -> Judgement:
+            return judge(model, corrector, metric, GateLimits(*given[: len(limits)]), *given[len(limits) :])
+
+        # Limits are data to the graph, as to the compiler: rules may differ, or change.
+        call = calls.setdefault((model, corrector, metric, len(seen[0])), CapturedCall(judged, enabled=seen[0].is_cuda))
+        return call(*limits, *seen)
+
+    return judge_rows
+
+
 def judge_for(runtime: Runtime) -> Judge:
-    """How this device judges: a CPU row by row, compiled or not; CUDA all rows at once."""
+    """How this device judges: a CPU row by row, compiled or not; CUDA all rows at once, captured."""
     if runtime.device.type == "cuda":
-        return judge
+        return captured_judge()
     judge_row = compiled_judge() if runtime.compiled else judge
 
     def judge_rows(model: WorldModel, corrector: Corrector | None, metric: str, limits: GateLimits, *seen: Tensor) -> Judgement:

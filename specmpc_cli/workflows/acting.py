@@ -171,8 +171,9 @@ def plan_once(planner: Planner, model: WorldModel, batch_sizes: Iterable[int]) -
 
 @torch.inference_mode()
 def step_once(runner: SpeculativeRunner) -> None:
-    """Plans and then acts on that plan, for one row, which compiles what will be compiled."""
+    """Plans and then acts on that plan, for one row, which compiles or captures what will be."""
     obs = torch.zeros(1, runner.model.dims.obs_dim, device=next(runner.model.parameters()).device)
     first = torch.ones(1, dtype=torch.bool, device=obs.device)
     _, state, _ = runner.act(obs, runner.initial_state(1), first)
-    runner.act(obs, state, ~first)
+    for _ in range(EAGER_CALLS if obs.is_cuda else 1):
+        runner.act(obs, state, ~first)

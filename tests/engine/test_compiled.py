@@ -6,7 +6,9 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,14 @@ import torch
 from specmpc_cli import runtime
 from specmpc_cli.engine.batched_planner import BatchedPlanner
 from specmpc_cli.engine.captured import EAGER_CALLS
-from specmpc_cli.engine.compiled import batch_sizes_for, compiled_judge, compiled_kernels, judge_for, kernels_for
+from specmpc_cli.engine.compiled import (
+    batch_sizes_for,
+    captured_judge,
+    compiled_judge,
+    compiled_kernels,
+    judge_for,
+    kernels_for,
+)
 from specmpc_cli.engine.correctors import CORRECTORS, CorrectorDims, build_corrector
 from specmpc_cli.engine.draws import device_draws
 from specmpc_cli.engine.gate import GateRule, limits_of
@@ -77,6 +86,57 @@ def test_a_cpu_judges_a_row_the_same_whatever_shares_the_batch() -> None:
     for row in range(9):
         alone = judged(model, corrector, "l2", limits, *(value[row : row + 1] for value in seen))
         assert all(torch.equal(a, b[row : row + 1]) for a, b in zip(alone, together, strict=True))
+
+
+def visits(rows: int, number: int) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(number)
+    first = torch.arange(rows) == number % 3
+    return (torch.randn(rows, 4), torch.rand(rows, 16), torch.rand(rows, 2), torch.arange(rows) + number, torch.rand(rows, 4, 50), first)
+
+
+def test_a_captured_judgement_has_a_graph_for_each_number_of_rows_and_sees_new_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the graph, which like one reads its inputs where those of the first call lay."""
+    graphs = []
+
+    class Replaying:
+        def __init__(self, fn: Callable[..., Any], enabled: bool) -> None:
+            self.fn, self.inputs = fn, ()
+            assert not enabled, "on a CPU nothing is captured"
+
+        def __call__(self, *inputs: torch.Tensor) -> Any:
+            if not self.inputs:
+                graphs.append(self)
+                self.inputs = tuple(torch.empty_like(value) for value in inputs)
+            for static, value in zip(self.inputs, inputs, strict=True):
+                static.copy_(value)
+            return self.fn(*self.inputs)
+
+    monkeypatch.setattr("specmpc_cli.engine.compiled.CapturedCall", Replaying)
+    judged, model = captured_judge.__wrapped__(), make_model()
+    corrector = build_corrector("two-tower", CorrectorDims(16, 2, 32, 4)).requires_grad_(False).eval()
+    for number, (rows, horizon) in enumerate([(5, 3), (5, 8), (2, 3), (5, 4)]):
+        limits = limits_of(GateRule(horizon, accept_below=0.1 * number, replan_above=2.0), torch.device("cpu"))
+        for one in (None, corrector):
+            seen = visits(rows, number)
+            for ours, theirs in zip(judged(model, one, "l2", limits, *seen), judge(model, one, "l2", limits, *seen), strict=True):
+                torch.testing.assert_close(ours, theirs, equal_nan=True)
+    assert len(graphs) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("error:not captured")
+@pytest.mark.parametrize("arch", [None, "two-tower", "temporal"])
+def test_captured_judgements_on_a_gpu_are_the_eager_ones(arch: str | None) -> None:
+    judged, model = captured_judge.__wrapped__(), make_model().cuda()
+    corrector = build_corrector(arch, CorrectorDims(16, 2, 32, 4)).requires_grad_(False).eval().cuda() if arch else None
+    for number in range(EAGER_CALLS + 3):
+        limits = limits_of(GateRule(3 + number, accept_below=0.1 * number, replan_above=2.0), torch.device("cuda"))
+        seen = tuple(value.cuda() for value in visits(5, number))
+        with torch.inference_mode():
+            for ours, theirs in zip(
+                judged(model, corrector, "l2", limits, *seen), judge(model, corrector, "l2", limits, *seen), strict=True
+            ):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_without_a_compiler_planning_is_eager_with_one_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
