@@ -1,6 +1,7 @@
 """What the commands share: opening the store, saying what was taken, preparing the planner. Loads no torch when imported."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ def runtime_for(common: Common, out: Output) -> "Runtime":
     runtime = choose_runtime(common.device, common.dtype)
     for note in runtime.notes:
         out.note(f"note: {note}")
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # the compiler's advice where fp32 is meant to be fp32
     return runtime
 
 

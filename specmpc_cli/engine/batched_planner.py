@@ -66,9 +66,10 @@ class BatchedPlanner:
 
     def __call__(self, z: Tensor, warm_start: Tensor, streams: Tensor, steps: Tensor) -> Plan:
         """z [B, Z], warm_start [B, H, A], streams and steps [B] int64 → a plan of B rows, B ≥ 1."""
-        parts, done, total = [], 0, z.shape[0]
+        total = z.shape[0]
         if total in self._calls:  # no rows to pick
             return Plan(*self._calls[total](z, warm_start, streams, steps))
+        parts, done = [], 0
         while done < total:
             size = self._size_for(total - done)
             rows = torch.arange(done, done + size, device=z.device).clamp(max=total - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,10 +20,13 @@ class CapturedCall:
     tuple of tensors. Off CUDA (`enabled` false) it is simply called.
     """
 
+    _failures: ClassVar[int] = 0  # captures that failed in this process
+
     def __init__(self, fn: Callable[..., Any], enabled: bool) -> None:
         self._fn, self._enabled = fn, enabled
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._failures_before = 0  # the capture
         self._inputs: tuple[Tensor, ...] = ()  # what the function is always called with, so that the graph finds its inputs there
         self._outputs: Any = None
 
@@ -36,6 +39,8 @@ class CapturedCall:
                 self._inputs = tuple(torch.empty_like(value) for value in inputs)
         for static, value in zip(self._inputs, inputs, strict=True):
             static.copy_(value)
+        if self._failures_before != CapturedCall._failures:
+            self._graph = None  # it would draw from the random generator that was replaced since
         if self._graph is None and self._calls > EAGER_CALLS:
             self._capture()
         if self._graph is None:
@@ -51,10 +56,11 @@ class CapturedCall:
                 self._outputs = self._fn(*self._inputs)
         except RuntimeError as error:
             self._enabled = False
+            CapturedCall._failures += 1
             _leave_failed_capture(stream)
             warnings.warn(f"not captured in a CUDA graph, so it runs slower: {str(error).strip().splitlines()[0]}", stacklevel=3)
             return
-        self._graph = graph
+        self._graph, self._failures_before = graph, CapturedCall._failures
 
 
 def _leave_failed_capture(stream: torch.cuda.Stream) -> None:

@@ -6,7 +6,6 @@ One MPPI iteration is the unit (not the unrolled plan): it compiles once per bat
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar, cast
@@ -37,7 +36,6 @@ def compiled(fn: _Function) -> _Function:
     use_compile_cache()
     # Models of other sizes in one process are no reason to give up: each is compiled for its own shapes.
     torch._dynamo.config.recompile_limit = 256
-    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # fp32 was asked for; bf16 is what there is to be faster
     # On a GPU sizes that its matrix units dislike are padded always, instead of after half a minute of trying both.
     inductor.force_shape_pad = True
     return cast(_Function, torch.compile(fn, fullgraph=True, dynamic=False))
@@ -68,9 +66,11 @@ def compiled_judge() -> Judge:
     return judge_row
 
 
-@cache
 def captured_judge() -> Judge:
-    """The judgement of all rows as one CUDA graph for each number of rows: a hundred small operations are not launched one by one."""
+    """The judgement of all rows as one CUDA graph for each number of rows: a hundred small operations are not launched one by one.
+
+    It keeps the models, correctors and graphs that it has met.
+    """
     calls: dict[tuple[WorldModel, Corrector | None, str, int], CapturedCall] = {}
 
     @torch.inference_mode()
@@ -78,9 +78,10 @@ def captured_judge() -> Judge:
         def judged(*given: Tensor) -> Judgement:
             return judge(model, corrector, metric, GateLimits(*given[: len(limits)]), *given[len(limits) :])
 
-        # Limits are data to the graph, as to the compiler: rules may differ, or change.
-        call = calls.setdefault((model, corrector, metric, len(seen[0])), CapturedCall(judged, enabled=seen[0].is_cuda))
-        return call(*limits, *seen)
+        key = (model, corrector, metric, len(seen[0]))
+        if key not in calls:
+            calls[key] = CapturedCall(judged, enabled=seen[0].is_cuda)
+        return calls[key](*limits, *seen)  # limits are data to the graph, as to the compiler: rules may differ
 
     return judge_rows
 
@@ -103,7 +104,7 @@ def kernels_for(runtime: Runtime) -> Kernels:
 
 
 def draws_for(runtime: Runtime) -> Draws:
-    """Where this device's planners draw: on the host for a CPU, on the device, in one kernel if compiled, for CUDA."""
+    """Where this device's planners draw: on the host for a CPU, on the device, in two kernels if compiled, for CUDA."""
     if runtime.device.type != "cuda":
         return host_draws
     return compiled_draws() if runtime.compiled else device_draws

@@ -78,7 +78,8 @@ class GateLimits(NamedTuple):
 
 def limits_of(rule: GateRule, device: torch.device) -> GateLimits:
     """The rule's numbers on a device."""
-    return GateLimits(*(torch.tensor(getattr(rule, name), device=device) for name in GateLimits._fields))
+    thresholds = (rule.accept_below, rule.replan_above, rule.replan_above_error)
+    return GateLimits(torch.tensor(rule.horizon, device=device), *(torch.tensor(float(value), device=device) for value in thresholds))
 
 
 def decide(mismatch: Tensor, expected_error: Tensor, age: Tensor, first: Tensor, rule: GateRule | GateLimits) -> tuple[Tensor, Tensor]:

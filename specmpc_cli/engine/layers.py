@@ -2,7 +2,7 @@
 
 Weights may be stored in bf16: each layer casts its input to the weight's dtype for the matrix product and does everything else
 (LayerNorm, activation) in fp32, so one code path serves exact fp32 and fast bf16. They may also be padded with zeros to sizes that a GPU's
-bf16 products like (`Linear.pad`); what they compute stays the same.
+bf16 products like (`Affine.pad`); what they compute stays the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,8 +35,8 @@ class SimNorm:
         return torch.softmax(groups, dim=-1).flatten(-2)
 
 
-class Padded(nn.Module):
-    """A layer whose weight [..., out, in] and bias [..., out] may be larger than its `out_dim` and its inputs."""
+class Affine(nn.Module):
+    """What layers with a weight [..., out, in] and a bias [..., out] share. Either may have been padded beyond `out_dim` and the inputs."""
 
     weight: nn.Parameter
     bias: nn.Parameter
@@ -48,11 +48,11 @@ class Padded(nn.Module):
         self.weight.data = F.pad(self.weight.data, (0, in_rest, 0, out_rest))
         self.bias.data = F.pad(self.bias.data, (0, out_rest))
 
-    def ready(self, x: Tensor) -> Tensor:
+    def as_input(self, x: Tensor) -> Tensor:
         """Inputs [..., in] in the weight's dtype and width."""
         return widened(x.to(self.weight.dtype), self.weight.shape[-1])
 
-    def result(self, y: Tensor) -> Tensor:
+    def as_output(self, y: Tensor) -> Tensor:
         """A product [..., out] in fp32, without the padding."""
         return (y if y.shape[-1] == self.out_dim else y[..., : self.out_dim]).float()
 
@@ -62,7 +62,7 @@ def widened(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
-class Linear(Padded):
+class Linear(Affine):
     """Affine map whose product runs in the weight's dtype and whose result is fp32."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
@@ -73,7 +73,7 @@ class Linear(Padded):
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.result(F.linear(self.ready(x), self.weight, self.bias))
+        return self.as_output(F.linear(self.as_input(x), self.weight, self.bias))
 
 
 class NormedLinear(Linear):
@@ -96,8 +96,8 @@ class NormedLinear(Linear):
         if dtype is torch.bfloat16 and x.device.type == "cpu":
             # oneDNN's bf16 products take no row stride: they would copy such weights transposed, at five times the cost.
             of_shared, of_own = of_shared.contiguous(), of_own.contiguous()
-        common = self.result(F.linear(shared.to(dtype), of_shared, self.bias))
-        own = self.result(F.linear(widened(x.to(dtype), of_own.shape[-1]), of_own))
+        common = self.as_output(F.linear(shared.to(dtype), of_shared, self.bias))
+        own = self.as_output(F.linear(widened(x.to(dtype), of_own.shape[-1]), of_own))
         return self.activation(self.ln(common + own))
 
 
@@ -109,7 +109,7 @@ def mlp(in_dim: int, hidden: Sequence[int], out_dim: int, last: Activation | Non
     return nn.Sequential(*layers)
 
 
-class LinearEnsemble(Padded):
+class LinearEnsemble(Affine):
     """`num_heads` affine maps with stacked weights [E, out, in], followed by LayerNorm and Mish if `normed`."""
 
     def __init__(self, num_heads: int, in_dim: int, out_dim: int, normed: bool) -> None:
@@ -126,7 +126,7 @@ class LinearEnsemble(Padded):
         `head` None: through all heads, [E, N, in] → [E, N, out]; inputs that the heads share may come as [1, N, in].
         `mask` [B, N, out] multiplies the product (dropout).
         """
-        y = self.result(self._product(self.ready(x), head))
+        y = self.as_output(self._product(self.as_input(x), head))
         if mask is not None:
             y = y * mask
         return y if self.ln is None else mish(self.ln(y, head))

@@ -92,7 +92,8 @@ def plan(
     assert warm_start.shape[:2] == (rows, horizon), (warm_start.shape, rows, horizon)
     kernels = kernels or EAGER
     prior = kernels.prior_actions(model, z, noise.prior_eps)  # [B, P, H, A]
-    mean, std = warm_start, torch.full_like(warm_start, settings.max_std if settings.first_std is None else settings.first_std)
+    mean = warm_start.clone()  # of the same kind as later means, if made in inference mode: the compiler tells them apart
+    std = torch.full_like(mean, settings.max_std if settings.first_std is None else settings.first_std)
     search = None
     for i in range(settings.iterations):
         search = kernels.iterate(
@@ -167,13 +168,14 @@ def estimate_value(model: WorldModel, z: Tensor, actions: Tensor, terminal_eps: 
 
 def _rewards(model: WorldModel, latents: Sequence[Tensor], actions: Tensor) -> Sequence[Tensor]:
     """Rewards [B, N] of each step, of actions [B, N, H, A] at latents [B, N, Z] (the first may be [B, 1, Z])."""
-    if actions.device.type == "cpu":  # one step's rows fill a CPU; more would only leave its caches
-        return [model.reward(z, action) for z, action in zip(latents, actions.unbind(2), strict=True)]
-    return rewards_at_once(model, latents, actions)
+    if actions.is_cuda:
+        return rewards_at_once(model, latents, actions)
+    # One step's rows fill a CPU; more would only leave its caches.
+    return [model.reward(z, action) for z, action in zip(latents, actions.unbind(2), strict=True)]
 
 
 def rewards_at_once(model: WorldModel, latents: Sequence[Tensor], actions: Tensor) -> Sequence[Tensor]:
-    """The same, in a third of the products, each three times as large."""
+    """Rewards [B, N] of each of H steps from one product of B·N·H rows; arguments as above."""
     alike = torch.stack([z.expand(*actions.shape[:2], -1) for z in latents], dim=2)  # [B, N, H, Z]
     return model.reward(alike, actions).unbind(2)
 

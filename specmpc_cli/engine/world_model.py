@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from specmpc_cli.engine.layers import Linear, LinearEnsemble, Padded, SimNorm, mlp
+from specmpc_cli.engine.layers import Affine, Linear, LinearEnsemble, SimNorm, mlp
 from specmpc_cli.engine.twohot import two_hot_inv
 
 LOG_STD_RANGE = (-10.0, 2.0)  # of the policy prior
@@ -199,7 +199,7 @@ class WorldModel(nn.Module):
         draw changes nothing, so the weights stay constants, which the compiler can pack once. On a GPU both are one batched product.
         """
         x = torch.cat([z, a], dim=-1)
-        if x.device.type != "cpu":
+        if x.is_cuda:
             return self.values_at_once(x, q_index).mean(1)
         heads: tuple[int | Tensor, ...] = (0, 1) if self.q.num_q == 2 else (q_index[:, 0], q_index[:, 1])
         first, second = (self.decode(self.q.logits(x, head)) for head in heads)
@@ -248,9 +248,9 @@ class WorldModel(nn.Module):
         For bf16 on a GPU weights are padded to multiples of eight, which its matrix units need at full speed; `take_weights` renews them.
         """
         twin = copy.deepcopy(self).requires_grad_(False).eval()
-        on_gpu = next(self.parameters()).device.type != "cpu"
+        on_gpu = next(self.parameters()).is_cuda
         for module in twin.modules():
-            if isinstance(module, Padded):
+            if isinstance(module, Affine):
                 module.weight.data = module.weight.data.to(dtype)
                 module.bias.data = module.bias.data.to(dtype)
                 if on_gpu and dtype is torch.bfloat16:

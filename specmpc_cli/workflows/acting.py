@@ -77,6 +77,7 @@ class Workbench:
 
     def _make_planners(self) -> None:
         refine = self.config.refine
+        self._judge = judge_for(self.runtime)
         self.planner = self.planner_for(self.config.planner)
         self.refinement = Refinement(self.planner.refining(refine.iterations, refine.std), refine.below) if refine.iterations else None
 
@@ -115,7 +116,7 @@ class Workbench:
             network,
             course=way.corrector.facts.course if way.corrector else self.config.speculation.course,
             history=network.dims.history if network else DEFAULT_HISTORY,
-            judge=judge_for(self.runtime),
+            judge=self._judge,
             refinement=self.refinement if rule.horizon > 1 else None,  # with one step per plan it is plain replanning
         )
 
@@ -135,8 +136,10 @@ class Workbench:
             plan_once(self.planner, self.model, sizes)
             if self.refinement is not None:
                 plan_once(self.refinement.planner, self.model, sizes)
-            correctors = {way.corrector.arch: way for way in ways if way.corrector is not None and way.mode.plans}
-            for way in correctors.values():
+            archs = {way.corrector.arch if way.corrector else None: way for way in ways if way.mode.plans}
+            if self.runtime.device.type != "cuda":
+                archs.pop(None, None)  # nothing of such a step is compiled
+            for way in archs.values():
                 step_once(self.runner(way))
         except COMPILER_ERRORS as error:
             reason = compilers_fault(error, self.runtime)

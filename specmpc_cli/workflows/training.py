@@ -93,6 +93,7 @@ class Trainer:
         self._make_planners()
 
     def _make_planners(self) -> None:
+        self._judge = judge_for(self.runtime)
         self._acting = make_planner(self.model, self.config.training_planner, self.spec, self.runtime, explore=True)
         self._planning = make_planner(self.model, self.config.planner, self.spec, self.runtime)
 
@@ -248,7 +249,7 @@ class Trainer:
                 return self._runner(self._acting, self.config.train.acting.horizon)
 
     def _runner(self, planner: BatchedPlanner, horizon: int) -> SpeculativeRunner:
-        return SpeculativeRunner(self.model, planner, GateRule(horizon, accept_below=math.inf), judge=judge_for(self.runtime))
+        return SpeculativeRunner(self.model, planner, GateRule(horizon, accept_below=math.inf), judge=self._judge)
 
     def _decided(self, count: int) -> None:
         """So many decisions were made: learns what is due. Their own episodes can be learnt from only when they have ended."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from specmpc_cli.engine.planner import EAGER, Kernels
+from specmpc_cli.engine.runner import judge
 from specmpc_cli.engine.world_model import MODEL_SIZES
 from specmpc_cli.runtime import choose_runtime
 from specmpc_cli.workflows.benchmark import WHAT, benchmark, machine_name
@@ -46,6 +48,20 @@ def test_the_count_of_products_is_the_planners(monkeypatch: pytest.MonkeyPatch) 
     policy = 2 * prior * (horizon * (z * h + h * h + h * 2 * a) + (horizon - 1) * (hidden + h * z))
     rollout = 2 * horizon * (hidden + h * z) + 2 * (24 * h + h * z)
     assert report["rows"][0]["gflop"] * 1e9 == pytest.approx(6 * per_iteration + policy + rollout, rel=1e-3)
+
+
+def test_a_compiler_that_fails_while_the_cases_are_made_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECMPC_COMPILE", "1")
+    monkeypatch.setattr("specmpc_cli.runtime._missing_for_compilation", lambda: None)
+
+    def broken(*given: object) -> object:
+        raise RuntimeError("the compiler is broken")
+
+    monkeypatch.setattr("specmpc_cli.workflows.acting.kernels_for", lambda runtime: Kernels(broken, broken) if runtime.compiled else EAGER)
+    monkeypatch.setattr("specmpc_cli.workflows.benchmark.judge_for", lambda runtime: judge)
+    report = benchmark(choose_runtime("cpu", "fp32"), [1], ["step"], seconds=0.0)
+    assert report["notes"] == ["compiling failed, so our path is timed eagerly: the compiler is broken"]
+    assert [row["compiled"] for row in report["rows"]] == [False] and report["compiled"] is False
 
 
 @pytest.mark.gpu

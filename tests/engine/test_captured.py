@@ -78,6 +78,28 @@ def test_what_cannot_be_captured_is_called_for_good(captured: tuple[CapturedCall
     assert results == [3 * number + 3 for number in range(5)] and events == ["capture", "stream is the caller's"]
 
 
+def test_a_failure_elsewhere_has_a_graph_captured_anew(captured: tuple[CapturedCall, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The failure replaced the random generator that the graph draws from."""
+    call, events = captured
+    for number in range(EAGER_CALLS + 2):
+        call(*inputs(number))
+    assert events == ["capture", "replay", "replay"]
+    working = torch.cuda.graph
+
+    def failing(graph: object) -> contextlib.AbstractContextManager[None]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", failing)
+    other = CapturedCall(work, enabled=True)
+    with pytest.warns(UserWarning, match="not captured"):
+        for number in range(EAGER_CALLS + 1):
+            other(*inputs(number))
+    monkeypatch.setattr(torch.cuda, "graph", working)
+    events.clear()
+    assert float(call(*inputs(5.0)).total) == 18 and float(call(*inputs(6.0)).total) == 21
+    assert events == ["capture", "replay", "replay"]
+
+
 def test_compiled_code_meets_the_tensors_of_the_capture_before_it(captured: tuple[CapturedCall, list[str]]) -> None:
     """Else it would be compiled again while capturing, which CUDA forbids."""
     call, _ = captured
@@ -106,7 +128,17 @@ def test_a_real_graph_computes_what_the_function_does() -> None:
 
 @pytest.mark.gpu
 def test_a_real_capture_that_fails_leaves_stream_and_draws_usable() -> None:
-    """The draws after it are the ones that the caller seeded, and other work can still be captured."""
+    """Draws after it are the ones that the caller seeded, those of a graph captured before and of one captured later too."""
+
+    def drawing(x: Tensor) -> Result:
+        drawn = torch.randn(3, device=x.device)
+        return Result(drawn.sum(), drawn)
+
+    def seeded(call: CapturedCall) -> Tensor:
+        torch.manual_seed(5)
+        return call(x).doubled
+
+    before, after = CapturedCall(drawing, enabled=True), CapturedCall(drawing, enabled=True)
 
     def talking_to_the_host(x: Tensor) -> Result:
         drawn = torch.randn(3, device=x.device)
@@ -114,10 +146,10 @@ def test_a_real_capture_that_fails_leaves_stream_and_draws_usable() -> None:
 
     call, x = CapturedCall(talking_to_the_host, enabled=True), torch.ones(3, device="cuda")
     stream = torch.cuda.current_stream()
-    drawn = []
+    drawn = [seeded(before) for _ in range(EAGER_CALLS + 2)]
     with pytest.warns(UserWarning, match="not captured in a CUDA graph"):
-        for _ in range(EAGER_CALLS + 3):
-            torch.manual_seed(5)
-            drawn.append(call(x).doubled)
+        drawn += [seeded(call) for _ in range(EAGER_CALLS + 3)]
     assert torch.cuda.current_stream() == stream
+    drawn += [seeded(before) for _ in range(2)] + [seeded(after) for _ in range(EAGER_CALLS + 2)]
     assert all(torch.equal(one, drawn[0]) for one in drawn)
+    assert before._graph is not None and after._graph is not None and call._graph is None

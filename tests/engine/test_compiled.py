@@ -112,10 +112,10 @@ def test_a_captured_judgement_has_a_graph_for_each_number_of_rows_and_sees_new_l
             return self.fn(*self.inputs)
 
     monkeypatch.setattr("specmpc_cli.engine.compiled.CapturedCall", Replaying)
-    judged, model = captured_judge.__wrapped__(), make_model()
+    judged, model = captured_judge(), make_model()
     corrector = build_corrector("two-tower", CorrectorDims(16, 2, 32, 4)).requires_grad_(False).eval()
-    for number, (rows, horizon) in enumerate([(5, 3), (5, 8), (2, 3), (5, 4)]):
-        limits = limits_of(GateRule(horizon, accept_below=0.1 * number, replan_above=2.0), torch.device("cpu"))
+    for number, (rows, horizon, above) in enumerate([(5, 3, 2), (5, 8, 1.5), (2, 3, math.inf), (5, 4, 2)]):  # an int is as good as a float
+        limits = limits_of(GateRule(horizon, accept_below=0.1 * number, replan_above=above), torch.device("cpu"))
         for one in (None, corrector):
             seen = visits(rows, number)
             for ours, theirs in zip(judged(model, one, "l2", limits, *seen), judge(model, one, "l2", limits, *seen), strict=True):
@@ -127,7 +127,7 @@ def test_a_captured_judgement_has_a_graph_for_each_number_of_rows_and_sees_new_l
 @pytest.mark.filterwarnings("error:not captured")
 @pytest.mark.parametrize("arch", [None, "two-tower", "temporal"])
 def test_captured_judgements_on_a_gpu_are_the_eager_ones(arch: str | None) -> None:
-    judged, model = captured_judge.__wrapped__(), make_model().cuda()
+    judged, model = captured_judge(), make_model().cuda()
     corrector = build_corrector(arch, CorrectorDims(16, 2, 32, 4)).requires_grad_(False).eval().cuda() if arch else None
     for number in range(EAGER_CALLS + 3):
         limits = limits_of(GateRule(3 + number, accept_below=0.1 * number, replan_above=2.0), torch.device("cuda"))

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from specmpc_cli.engine.layers import Padded
-from specmpc_cli.engine.planner import rewards_at_once
+from specmpc_cli.engine import planner
+from specmpc_cli.engine.layers import Affine
+from specmpc_cli.engine.planner import estimate_value, rewards_at_once
 from specmpc_cli.engine.world_model import WorldModel, WorldModelDims
 
 ROWS, CANDIDATES, HORIZON = 3, 7, 3
@@ -26,7 +27,7 @@ def odd_model(num_q: int, episodic: bool = False) -> WorldModel:
 def padded(model: WorldModel) -> WorldModel:
     twin = model.compute_copy(torch.float32)
     for module in twin.modules():
-        if isinstance(module, Padded):
+        if isinstance(module, Affine):
             module.pad(8)
     return twin
 
@@ -40,7 +41,7 @@ def latents_and_actions() -> tuple[Tensor, Tensor]:
 def test_padding_changes_nothing_that_a_model_computes(num_q: int) -> None:
     model = odd_model(num_q, episodic=True)
     twin = padded(model)
-    sizes = {size for module in twin.modules() if isinstance(module, Padded) for size in module.weight.shape[-2:]}
+    sizes = {size for module in twin.modules() if isinstance(module, Affine) for size in module.weight.shape[-2:]}
     assert all(size % 8 == 0 for size in sizes)
     z, a = latents_and_actions()
     shared = z[:, :1]
@@ -89,3 +90,36 @@ def test_rewards_at_once_are_those_of_each_step() -> None:
     assert len(at_once) == HORIZON
     for t, reward in enumerate(at_once):
         torch.testing.assert_close(reward, model.reward(latents[t].expand(-1, CANDIDATES, -1), actions[:, :, t]))
+
+
+def valuing(episodic: bool, num_q: int) -> tuple[WorldModel, tuple[Tensor, ...]]:
+    """A model and what `estimate_value` takes but for the discount."""
+    model = odd_model(num_q, episodic)
+    torch.manual_seed(2)
+    actions = torch.rand(ROWS, CANDIDATES, HORIZON, 3) * 2 - 1
+    q_index = torch.tensor([[0, 1], [1, 0], [num_q - 1, 0]])
+    return model, (torch.rand(ROWS, 16), actions, torch.randn(ROWS, CANDIDATES, 3), q_index)
+
+
+CASES = pytest.mark.parametrize(("episodic", "num_q"), [(False, 2), (True, 5)])
+
+
+@CASES
+def test_values_are_the_same_either_way(episodic: bool, num_q: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = valuing(episodic, num_q)
+    expected = estimate_value(model, *given, 0.9)
+    monkeypatch.setattr(planner, "_rewards", rewards_at_once)
+    monkeypatch.setattr(WorldModel, "q_pair", lambda self, z, a, q_index: self.values_at_once(torch.cat([z, a], dim=-1), q_index).mean(1))
+    torch.testing.assert_close(estimate_value(padded(model), *given, 0.9), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@CASES
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.3)])
+def test_values_on_a_gpu_are_those_of_a_cpu(episodic: bool, num_q: int, dtype: torch.dtype, tolerance: float) -> None:
+    model, given = valuing(episodic, num_q)
+    expected = estimate_value(model, *given, 0.9)
+    twin = odd_model(num_q, episodic).cuda().compute_copy(dtype)
+    twin.take_weights(model.cuda())
+    found = estimate_value(twin, *(value.cuda() for value in given), 0.9).cpu()
+    torch.testing.assert_close(found, expected, rtol=tolerance / 10, atol=tolerance)
