@@ -75,11 +75,12 @@ def captured_judge() -> Judge:
 
     @torch.inference_mode()
     def judge_rows(model: WorldModel, corrector: Corrector | None, metric: str, limits: GateLimits, *seen: Tensor) -> Judgement:
-        def judged(*given: Tensor) -> Judgement:
-            return judge(model, corrector, metric, GateLimits(*given[: len(limits)]), *given[len(limits) :])
-
         key = (model, corrector, metric, len(seen[0]))
         if key not in calls:
+
+            def judged(*given: Tensor) -> Judgement:
+                return judge(model, corrector, metric, GateLimits(*given[: len(limits)]), *given[len(limits) :])
+
             calls[key] = CapturedCall(judged, enabled=seen[0].is_cuda)
         return calls[key](*limits, *seen)  # limits are data to the graph, as to the compiler: rules may differ
 
