@@ -1,9 +1,12 @@
 """The two streams: tables and JSON on standard output; notes, errors and progress on standard error."""
 
+import ctypes
+import io
 import json
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from contextvars import ContextVar
 from typing import Any, TextIO
 
@@ -25,13 +28,38 @@ _for_documents: ContextVar[TextIO | None] = ContextVar("for_documents", default=
 
 @contextmanager
 def only_documents() -> Iterator[None]:
-    """Within it what Python code prints, a user's environment for one, goes to standard error, and JSON documents to standard output."""
-    token = _for_documents.set(sys.stdout)
+    """Within it JSON documents go to standard output, and what others print, simulators and users' environments, to standard error."""
+    with _standard_output_kept() as documents:
+        token = _for_documents.set(documents)
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+        finally:
+            _for_documents.reset(token)
+
+
+@contextmanager
+def _standard_output_kept() -> Iterator[TextIO]:
+    """Standard output, while libraries that write to its descriptor, C code and child processes, meet standard error there."""
     try:
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        _for_documents.reset(token)
+        descriptors = sys.stdout.fileno(), sys.stderr.fileno()
+    except (AttributeError, io.UnsupportedOperation):  # streams of Python's own: there is no descriptor to lead elsewhere
+        yield sys.stdout
+        return
+    out, err = descriptors
+    sys.stdout.flush()
+    with os.fdopen(os.dup(out), "w", encoding=sys.stdout.encoding) as documents:
+        os.dup2(err, out)
+        try:
+            yield documents
+        finally:
+            _flush_c_streams()  # what printf has kept back belongs to standard error, too
+            os.dup2(documents.fileno(), out)
+
+
+def _flush_c_streams() -> None:
+    with suppress(OSError, TypeError, AttributeError):  # no C library is found this way on Windows
+        ctypes.CDLL(None).fflush(None)
 
 
 def print_error(message: str) -> None:
