@@ -9,6 +9,7 @@ The controller runs the same engine as the commands; it keeps one episode's stat
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,12 +34,16 @@ class Controller:
         self.log: StepLog | None = None  # of the last step, batch of one: decision, age, mismatch, ...
         self._actor = bench.actor(way)
         self._seed = seed
-        self._episode = -1
+        self._episode = 0
+        self._first = True
         self.reset()
 
     def reset(self) -> None:
-        """The next `act` begins an episode: it plans afresh and remembers nothing of the last one."""
-        self._episode += 1
+        """The next `act` begins an episode: it plans afresh and remembers nothing of the last one.
+
+        Episode e of a controller draws what episode e of `eval` with the same seed draws.
+        """
+        self._episode += not self._first  # an episode that has not begun is still the same
         stream = stream_key(Purpose.COMPARE, self._seed, self._episode)
         row = torch.zeros(1, dtype=torch.int64, device=self.bench.runtime.device)
         self._state = self._actor.begin(self._actor.initial_state(1), row, row + stream)
@@ -70,7 +75,7 @@ def load_controller(
     *,
     horizon: int | None = None,
     arch: str | None = None,
-    store: str | Path = "specmpc-store",
+    store: str | Path | None = None,
     name: str = "main",
     device: str = "auto",
     dtype: str = "auto",
@@ -86,13 +91,14 @@ def load_controller(
         mode: baseline, policy, naive, corrected, adaptive or distilled.
         horizon: env steps per plan for naive and corrected, 6 if left out.
         arch: two-tower, temporal or distilled; for corrected and adaptive, the first one that fits the teacher if left out.
+        store: the folder of teachers and correctors; SPECMPC_STORE, else ./specmpc-store, if left out.
         accept_below, replan_above: thresholds of a gate by hand, instead of the one that the corrector carries or lacks.
         settings: what `--set` takes on the command line, such as `refine.iterations=2`.
 
     Raises:
         SpecMPCError: the same errors as the commands, with their remedies.
     """
-    place = _place(task_or_path, Path(store), name)
+    place = _place(task_or_path, Path(store or os.environ.get("SPECMPC_STORE", "specmpc-store")), name)
     teacher = place.teacher()
     bench = Workbench(teacher, lookup(place.task).spec, config_of(teacher, [], list(settings)), choose_runtime(device, dtype))
     way = choose_way(

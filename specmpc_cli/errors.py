@@ -1,4 +1,7 @@
-"""Errors a user can mend. The text is one line: what was expected, what came, what to do. The command line exits with 2 on them."""
+"""Errors a user can mend. The text is one line: what was expected, what came, what to do.
+
+The command line exits with 2 on them, except where it says otherwise.
+"""
 
 
 class SpecMPCError(Exception):

@@ -20,7 +20,11 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to; on success it takes `path`'s place, on failure it is removed and `path` is untouched."""
+    """Yields a path beside `path` to write to; on success it takes `path`'s place, on failure it is removed and `path` is untouched.
+
+    A symbolic link stays one: what it leads to is replaced.
+    """
+    path = Path(os.path.realpath(path))
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         make_folder(path.parent)
@@ -35,6 +39,15 @@ def replacing(path: Path) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
+def stamp(path: Path) -> tuple[int, int] | None:
+    """Tells one content of a file from the next; None where there is no file that can be seen."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def make_folder(folder: Path) -> None:
     """Creates a folder and its parents. Raises StoreError where that is not allowed."""
     try:
@@ -45,9 +58,14 @@ def make_folder(folder: Path) -> None:
 
 def check_destination(path: Path, option: str) -> None:
     """Raises ConfigError where no file can be written to the path that an option named, before the work that would fill it."""
-    if path.is_dir():
-        raise ConfigError(f"{option} must be a file, and {path} is a folder")
-    if not path.parent.is_dir():
-        raise ConfigError(f"cannot write {path}: there is no folder {path.parent}; create it, or choose another {option}")
+    try:
+        if path.is_dir():
+            raise ConfigError(f"{option} must be a file, and {path} is a folder")
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{option} must be a regular file, and {path} is none")
+        if not path.parent.is_dir():
+            raise ConfigError(f"cannot write {path}: there is no folder {path.parent}; create it, or choose another {option}")
+    except OSError as error:  # a name too long, a folder that may not be searched
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}; choose another {option}") from None
     if not os.access(path.parent, os.W_OK):
         raise ConfigError(f"no permission to write to {path.parent}; choose another {option}")

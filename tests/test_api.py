@@ -76,3 +76,17 @@ def test_mistakes_are_answered_like_those_of_the_commands(store: Path, tmp_path:
         controller.act(np.zeros(3))
     with pytest.raises(ConfigError, match="not finite"):
         controller.act(np.array([0, 0, np.nan, 0]))
+
+
+def test_the_store_is_the_commands_store(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECMPC_STORE", str(store))
+    assert load_controller("pointmass", mode="policy").bench.teacher.source == "store"
+
+
+def test_a_reset_before_the_first_step_is_no_new_episode(store: Path) -> None:
+    reset, fresh = (load_controller("pointmass", mode="naive", store=store) for _ in range(2))
+    reset.reset()
+    obs = make_env("pointmass").reset(seed=0)[0]
+    assert np.array_equal(reset.act(obs), fresh.act(obs))
+    reset.reset()
+    assert not np.array_equal(reset.act(obs), fresh.act(obs))

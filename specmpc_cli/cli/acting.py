@@ -156,6 +156,8 @@ def compare(
     if report_page:
         write_page(report, report_page, shlex.join(["specmpc", *sys.argv[1:]]), best)
         out.say(f"report:  {report_page}")
+    if video:
+        film_ways(out, bench, [ways[0], most_saving(ways, report)], common.seed, video)
     if requirements:
         meeting = rows_meeting(report, requirements)
         if not meeting:
@@ -163,8 +165,6 @@ def compare(
             why = f": no row has a value for {', '.join(dict.fromkeys(without))}" if without else ""
             raise GateFailed(f"no row meets --require {require}{why}")
         out.note(f"--require is met by {', '.join(row_label(row) for row in meeting)}")
-    if video:
-        film_ways(out, bench, [ways[0], most_saving(ways, report)], common.seed, video)
 
 
 @common_options

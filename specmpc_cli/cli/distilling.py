@@ -7,7 +7,7 @@ import typer
 
 from specmpc_cli.cli.console import Output
 from specmpc_cli.cli.options import Common, PresetOption, SetOption, TaskOption, common_options
-from specmpc_cli.cli.session import envs_for, open_store, output_for, prepare_acting
+from specmpc_cli.cli.session import ACTING, envs_for, open_store, output_for, prepare_acting
 from specmpc_cli.errors import CalibrationFailed, ConfigError, SpecMPCError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def collect(
 
     out = output_for(common)
     check_archs([arch])
-    store, bench = open_store(common, out, task, preset, set_)
+    store, bench = open_store(common, out, task, preset, set_, sections=(*ACTING, "collect", "corrector"))
     with out.progress() as progress:
         bar = progress.add_task("round 1", total=None, state="")
 
@@ -67,6 +67,11 @@ def collect(
         )
     if report.new_episodes == 0:
         out.note("nothing to do: the dataset has these episodes already; ask for more --episodes or --rounds, or another --seed")
+    if report.other_episodes:
+        out.note(
+            f"note: {report.other_episodes} episodes were collected before with other steps per plan than collect.horizons and "
+            "collect.later_horizons now say, and stay; another --seed collects anew"
+        )
     for group, returns in report.returns.items():
         out.note(f"{group}: mean return {sum(returns) / len(returns):.1f} over {len(returns)} episodes")
     if report.new_episodes:
@@ -115,7 +120,8 @@ def fit_corrector(
     out = output_for(common)
     archs = check_archs(list(dict.fromkeys(arch or DEFAULT_ARCHS)))
     settings = [*(set_ or []), *([f"corrector.epochs={epochs}"] if epochs else [])]
-    store, bench = open_store(common, out, task, preset, settings)
+    calibrates = max_return_loss is not None
+    store, bench = open_store(common, out, task, preset, settings, sections=(*ACTING, "corrector"), simulates=calibrates)
     promise_over = calibrate_episodes or FEWEST_EPISODES
     if max_return_loss is not None:
         check_promise(max_return_loss, promise_over, bench.spec.has_success)

@@ -81,8 +81,10 @@ class TrainingDisplay:
 def show_report(out: Output, report: dict[str, Any]) -> None:
     """What a training that ended leaves to say."""
     out.say(f"trained: {report['decisions']} decisions, {report['updates']} updates, {report['seconds'] / 60:.0f} min")
-    decisions = report["teacher_decisions"]
-    which = "last evaluation" if decisions == report["decisions"] else f"best evaluation (after {decisions} decisions, and kept)"
+    evaluated = report["evaluated_decisions"]
+    which = "last evaluation" if evaluated == report["decisions"] else f"evaluation after {evaluated} decisions"
+    if evaluated == report["teacher_decisions"] != report["decisions"]:
+        which += ", whose weights are kept"
     if report["returns"]:
         out.say(f"{which}: return {report['return_mean']:.1f} over {len(report['returns'])} episodes")
     out.say(f"teacher: {report['path']}")

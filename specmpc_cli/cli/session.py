@@ -40,17 +40,36 @@ def describe(runtime: "Runtime") -> str:
     return computed_on(runtime.facts)
 
 
+ACTING = ("planner", "speculation", "refine")  # the sections of the settings that decide how a teacher acts
+
+
 def open_store(
-    common: Common, out: Output, task: str | None, preset: list[str] | None, settings: list[str] | None
+    common: Common,
+    out: Output,
+    task: str | None,
+    preset: list[str] | None,
+    settings: list[str] | None,
+    *,
+    sections: Sequence[str] = ACTING,
+    simulates: bool = True,
 ) -> tuple["Store", "Workbench"]:
-    """The store and a workbench for its teacher; says what it took."""
-    from specmpc_cli.envs.registry import lookup
+    """The store and a workbench for its teacher; says what it took.
+
+    Args:
+        sections: of the settings, those that the command reads.
+        simulates: whether it will run the task's environment; what that needs is looked for before anything is kept or compiled.
+    """
+    from specmpc_cli.config.presets import check_sections
+    from specmpc_cli.envs.registry import expect_ready, lookup
     from specmpc_cli.workflows.acting import Workbench
     from specmpc_cli.workflows.store import Store, config_of
 
     store = Store(common.store, task, common.name)
     teacher = store.teacher()
+    check_sections(settings or [], sections, "this command")
     config = config_of(teacher, preset or [], settings or [])
+    if simulates:
+        expect_ready(store.task)
     runtime = runtime_for(common, out)
     bench = Workbench(teacher, lookup(store.task).spec, config, runtime)
     how = "named" if task else "used last" if store.used_before else "default"

@@ -180,7 +180,11 @@ def _speed(value: float | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    if value is None:
+        return "–"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"  # without an exponent
 
 
 def _interval(interval: Sequence[float] | None, scale: float, unit: str) -> str:

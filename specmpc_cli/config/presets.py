@@ -39,6 +39,14 @@ def load_config(presets: Sequence[str] = (), settings: Sequence[str] = (), base:
     return validate(merged, "settings")
 
 
+def check_sections(settings: Sequence[str], sections: Sequence[str], command: str) -> None:
+    """Raises ConfigError for a setting `a.b=c` of a section that the command does not read. Presets may hold those of other commands."""
+    for setting in settings:
+        key = setting.partition("=")[0]
+        if key.partition(".")[0] not in sections:
+            raise ConfigError(f"--set {key} has no part in {command}, which takes {', '.join(f'{name}.*' for name in sections)}")
+
+
 def validate(values: Mapping[str, Any], where: str) -> Config:
     """The validated config. Raises ConfigError with the first thing that is wrong."""
     try:
@@ -71,7 +79,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, a date that is none
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path} is not YAML: {reason}") from None
     if content is None:
@@ -96,7 +104,7 @@ def _parse_setting(setting: str) -> dict[str, Any]:
         raise ConfigError(f"--set takes a.b=value, got {setting!r}")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(f"--set {key}: {text!r} is not a YAML value") from None
     for part in reversed(key.split(".")):
         value = {part: value}

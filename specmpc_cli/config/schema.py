@@ -131,7 +131,7 @@ class TrainConfig(Section):
     grad_clip_norm: float = Field(default=20.0, gt=0)
     tau: float = Field(default=0.01, gt=0, le=1, description="rate of the target heads and of the running scale")
     dropout: float = Field(default=0.01, ge=0, lt=1, description="in the first layer of each Q-head")
-    buffer_size: int = Field(default=1_000_000, ge=1, description="decisions that the replay holds")
+    buffer_size: int = Field(default=1_000_000, ge=1, le=10**12, description="decisions that the replay holds")
     seed_steps: int | None = Field(default=None, ge=1, description="random decisions at first; max(1000, 5 episodes) if left out")
     demonstrations: int = Field(default=0, ge=0, description="episodes before those at random, played by the task's scripted policy")
     demonstration_noise: float = Field(default=0.1, ge=0, description="spread of the noise on each scripted action")
@@ -173,6 +173,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _refines(self) -> Self:
         refine, planner = self.refine, self.planner
+        if refine.below is not None and not refine.iterations:
+            raise ValueError(f"refine.below ({refine.below}) means nothing while refine.iterations is 0")
         if refine.iterations >= planner.iterations and refine.iterations:
             raise ValueError(f"refine.iterations ({refine.iterations}) must be below planner.iterations ({planner.iterations})")
         if refine.iterations and not planner.min_std <= refine.std <= planner.max_std:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,11 +57,11 @@ class Replay:
             raise DatasetError(f"no memory for a replay of {capacity} decisions; lower it with --set train.buffer_size=N") from None
         self._episodes: deque[tuple[int, int, int]] = deque()  # first row, number of decisions and index of each, oldest first
         self._next_row = 0
-        self._starts = self._lengths = self._indices = np.zeros(0, dtype=np.int64)
+        self._table: np.ndarray | None = None  # the same as columns; None after an episode was added
 
     def __len__(self) -> int:
         """Decisions held."""
-        return int(self._lengths.sum())
+        return sum(length for _, length, _ in self._episodes)
 
     def add(self, episode: ReplayEpisode) -> None:
         """Appends an episode; the oldest ones make room."""
@@ -77,7 +78,7 @@ class Replay:
             self._columns[name][start : end - 1] = torch.from_numpy(getattr(episode, name))
         self._episodes.append((start, len(episode), episode.index))
         self._next_row = end
-        self._starts, self._lengths, self._indices = (np.array(values, dtype=np.int64) for values in zip(*self._episodes, strict=True))
+        self._table = None
 
     def _evict(self, start: int, end: int) -> None:
         """Forgets the oldest episodes as long as they lie in these rows."""
@@ -92,17 +93,20 @@ class Replay:
         Raises:
             DatasetError: no episode is as long as a slice.
         """
-        long_enough = np.flatnonzero(self._lengths >= horizon)
+        if self._table is None:
+            self._table = np.array(self._episodes, dtype=np.int64).reshape(-1, 3).T
+        starts, lengths, indices = self._table
+        long_enough = np.flatnonzero(lengths >= horizon)
         if not len(long_enough):
             raise DatasetError(f"no episode in the replay has {horizon} decisions; lower train.horizon")
         drawn = long_enough[rng.integers(len(long_enough), size=batch_size)]
-        offset = rng.integers(self._lengths[drawn] - horizon + 1)
-        rows = torch.from_numpy(self._starts[drawn] + offset) + torch.arange(horizon + 1).unsqueeze(1)  # [H+1, B]
+        offset = rng.integers(lengths[drawn] - horizon + 1)
+        rows = torch.from_numpy(starts[drawn] + offset) + torch.arange(horizon + 1).unsqueeze(1)  # [H+1, B]
         rows = rows.to(self._columns["obs"].device)
         steps = rows[:-1]
         slices = {"obs": self._columns["obs"][rows], **{name: self._columns[name][steps] for name in _COLUMNS[1:]}}
         if self._demonstrations:
-            demonstrated = (self._indices[drawn] < self._demonstrations).astype(np.float32)
+            demonstrated = (indices[drawn] < self._demonstrations).astype(np.float32)
             slices["demonstrated"] = torch.from_numpy(demonstrated).to(rows.device)
         return slices
 
@@ -161,7 +165,9 @@ def _read_shard(path: Path) -> list[ReplayEpisode]:
             file = stack.enter_context(h5py.File(path, "r"))
             columns = {name: np.asarray(file[name]) for name in _COLUMNS}
             decisions, first = np.asarray(file["decisions"]), int(file.attrs["first"])  # type: ignore[arg-type]
-        except (OSError, RuntimeError, KeyError, ValueError):
+        except (OSError, RuntimeError, KeyError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise DatasetError(f"cannot read {path}: {os.strerror(error.errno)}") from None
             raise DatasetError(f"{path} is damaged; the training cannot continue from it, start over with --fresh") from None
     episodes, row = [], 0
     for number, length in enumerate(decisions.tolist()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ import numpy as np
 
 from specmpc_cli.data.tuples import SCHEMA_VERSION, Behaviour, TupleDims
 from specmpc_cli.errors import DatasetError
-from specmpc_cli.files import make_folder, replacing, write_whole
+from specmpc_cli.files import make_folder, write_whole
 from specmpc_cli.types import DEFAULT_COURSE
 
 INDEX = "index.h5"
@@ -61,6 +62,7 @@ class Shard:
     teacher_sha256: str
     key: EpisodeKey
     rows: int
+    horizon: int  # env steps per plan
     planner: dict[str, Any]  # settings of the planner that labelled it
     runner: dict[str, Any]  # how plans were executed: the `speculation` settings
 
@@ -131,11 +133,10 @@ def _inspect(path: Path) -> Shard:
                 raise DatasetError(f"{path} has schema {attrs['schema']}, this version reads {SCHEMA_VERSION}; collect again")
             key = (int(attrs["seed"]), int(attrs["round"]), int(attrs["episode"]))
             planner, runner = json.loads(attrs["planner"]), json.loads(attrs["runner"])
-            return Shard(path, str(attrs["task"]), str(attrs["teacher_sha256"]), key, len(_column(file, "z")), planner, runner)
-    except PermissionError:
-        raise DatasetError(f"no permission to read {path}") from None
-    except (OSError, RuntimeError):
-        raise DatasetError(f"{path} is damaged or truncated; delete it, and 'specmpc collect' makes its episode again") from None
+            task, teacher, rows = str(attrs["task"]), str(attrs["teacher_sha256"]), len(_column(file, "z"))
+            return Shard(path, task, teacher, key, rows, int(attrs["horizon"]), planner, runner)
+    except (OSError, RuntimeError) as error:
+        raise _unreadable(path, error) from None
     except (KeyError, TypeError, ValueError):
         raise DatasetError(f"{path} is an HDF5 file of another program, not a specmpc shard; remove it from the dataset") from None
 
@@ -150,9 +151,16 @@ def read_columns(shards: Sequence[Shard], names: Sequence[str]) -> dict[str, np.
                     parts[name].append(_column(file, name)[:])
         except KeyError as error:
             raise DatasetError(f"{shard.path} lacks the column {error}; delete it and collect again") from None
-        except (OSError, RuntimeError):
-            raise DatasetError(f"{shard.path} is damaged; delete it, and 'specmpc collect' makes its episode again") from None
+        except (OSError, RuntimeError) as error:
+            raise _unreadable(shard.path, error) from None
     return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def _unreadable(path: Path, error: OSError | RuntimeError) -> DatasetError:
+    """What to raise: only a file that was read and makes no sense is one to delete."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return DatasetError(f"cannot read {path}: {os.strerror(error.errno)}")
+    return DatasetError(f"{path} is damaged or truncated; delete it, and 'specmpc collect' makes its episode again")
 
 
 def _column(file: h5py.File, name: str) -> h5py.Dataset:
@@ -162,11 +170,26 @@ def _column(file: h5py.File, name: str) -> h5py.Dataset:
     return column
 
 
-def write_index(folder: Path, shards: Sequence[Shard], dims: TupleDims) -> Path:
-    """Rebuilds `index.h5`: every column as one virtual dataset over the shards, which are named relative to it."""
-    path = folder / INDEX
+def write_index(folder: Path, dims: TupleDims) -> list[Shard]:
+    """Rebuilds `index.h5` if there are shards: every column as one virtual dataset over them, which it names relative to itself.
+
+    Returns:
+        The shards in it.
+    """
+    shards = read_shards(folder)
+    while shards:
+        write_whole(folder / INDEX, _index_of(shards, dims))
+        written, shards = shards, read_shards(folder)
+        if shards == written:  # else another writer came between, and our older index may have replaced its newer one
+            break
+    return shards
+
+
+def _index_of(shards: Sequence[Shard], dims: TupleDims) -> bytes:
+    """The index of these shards, as a file's content."""
     total = sum(shard.rows for shard in shards)
-    with replacing(path) as beside, h5py.File(beside, "w", libver="latest") as index:
+    buffer = io.BytesIO()  # as in `ShardWriter.write`
+    with h5py.File(buffer, "w", libver="latest") as index:
         for name, shape in dims.columns().items():
             layout = h5py.VirtualLayout(shape=(total, *shape), dtype=np.float32)
             start = 0
@@ -179,4 +202,4 @@ def write_index(folder: Path, shards: Sequence[Shard], dims: TupleDims) -> Path:
         index.attrs["shards"] = [shard.path.name for shard in shards]
         index.attrs["rows"] = [shard.rows for shard in shards]
         index.attrs["seed"] = [shard.key[0] for shard in shards]
-    return path
+    return buffer.getvalue()

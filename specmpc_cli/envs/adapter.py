@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import gymnasium
 import numpy as np
 
-from specmpc_cli.errors import SimulationDiverged
+from specmpc_cli.errors import ConfigError, SimulationDiverged
 from specmpc_cli.types import EnvSpec
 
 _Given = TypeVar("_Given")
@@ -59,7 +59,8 @@ class TaskEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     suite's success flag at this step. `reset(seed=...)` reproduces an episode exactly; without a seed, the next one follows the last.
 
     Raises:
-        SimulationDiverged: the simulator gave up, or returned an observation or reward that is not finite.
+        SimulationDiverged: the simulator says that it gave up, or returned an observation or reward that is not finite.
+        ConfigError: an observation of another length than its space has.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 25}  # noqa: RUF012 (Gymnasium's own spelling)
@@ -115,6 +116,11 @@ class TaskEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     def _checked(self, obs: np.ndarray) -> np.ndarray:
         flat = np.asarray(obs, dtype=np.float32).ravel()
+        if len(flat) != self.task_spec.obs_dim:
+            raise ConfigError(
+                f"{self.task_spec.task}: the environment returned an observation of {len(flat)} values where its space has "
+                f"{self.task_spec.obs_dim}; mend one of them"
+            )
         if not np.isfinite(flat).all():
             index = int(np.flatnonzero(~np.isfinite(flat))[0])
             raise self._diverged(f"observation {index} is {flat[index]}")

@@ -101,8 +101,11 @@ def _without_renderer() -> None:
         setattr(module, "build_ground", lambda *args, **kwargs: None)  # noqa: B010 (the modules are typed without it)
 
 
-def _expect_asset(task: str, asset: str) -> None:
-    """Raises AssetsMissing where ManiSkill would ask on standard input whether to download."""
+def expect_assets(task: str) -> None:
+    """Raises AssetsMissing, with the command that downloads them, where ManiSkill would ask on standard input whether to."""
+    asset = _TASKS[task][2]
+    if asset is None:
+        return
     if asset == "ycb":
         there = (Path(ASSET_DIR) / "assets/mani_skill2_ycb/info_pick_v0.json").exists()
     else:
@@ -118,9 +121,8 @@ def _expect_asset(task: str, asset: str) -> None:
 def make_simulator(task: str) -> StateSimulator:
     """The simulator of one of the five tasks. Raises AssetsMissing with the command that downloads them."""
     assert mani_skill.envs is not None  # imported to register its tasks
-    name, control_mode, asset = _TASKS[task]
-    if asset is not None:
-        _expect_asset(task, asset)
+    name, control_mode, _ = _TASKS[task]
+    expect_assets(task)
     _without_renderer()
     env = gymnasium.make(
         name,

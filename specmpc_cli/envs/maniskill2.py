@@ -62,17 +62,23 @@ def _without_renderer() -> None:
     BaseEnv._add_ground = lambda self, altitude=0.0, render=True: self._scene.add_ground(altitude=altitude, render=False)
 
 
+def expect_assets(task: str) -> None:
+    """Raises AssetsMissing with the command that downloads what the task needs."""
+    asset = _TASKS[task][2]
+    if asset is not None and not any(Path(ASSET_DIR).glob(asset[1])):
+        raise AssetsMissing(
+            f"{task} needs assets that are not in {Path(ASSET_DIR).resolve()}; run: python -m mani_skill2.utils.download_asset {asset[0]} "
+            "(MS2_ASSET_DIR names another folder)"
+        )
+
+
 def make_simulator(task: str) -> StateSimulator:
     """The simulator of one of the five tasks, which cuts its episodes after 200 simulator steps.
 
     Raises AssetsMissing with the command that downloads what it needs.
     """
     assert mani_skill2.envs is not None  # imported to register its tasks
-    name, control_mode, asset = _TASKS[task]
-    if asset is not None and not any(Path(ASSET_DIR).glob(asset[1])):
-        raise AssetsMissing(
-            f"{task} needs assets that are not in {Path(ASSET_DIR).resolve()}; run: python -m mani_skill2.utils.download_asset {asset[0]} "
-            "(MS2_ASSET_DIR names another folder)"
-        )
+    name, control_mode, _ = _TASKS[task]
+    expect_assets(task)
     _without_renderer()
     return StateSimulator(gymnasium.make(name, obs_mode="state", control_mode=control_mode, disable_env_checker=True))

@@ -169,6 +169,13 @@ def make_env(task: str) -> TaskEnv:
     return TaskEnv(entry.spec, simulator)
 
 
+def expect_ready(task: str) -> None:
+    """Raises what `make_env` would for want of a suite or its assets, without building anything."""
+    expect_assets = getattr(_module_of(lookup(task)), "expect_assets", None)
+    if expect_assets is not None:
+        expect_assets(task)
+
+
 def make_script(task: str) -> Script:
     """The scripted policy that the task's suite brings. Raises ConfigError where there is none, and as `make_env` does."""
     make = getattr(_module_of(lookup(task)), "make_script", None)

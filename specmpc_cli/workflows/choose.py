@@ -33,7 +33,7 @@ def best_within(report: Report, max_return_loss: float) -> dict[str, Any]:
 
     Returns:
         `max_return_loss`, `row` (its index in the report), `mode`, `horizon`, `corrector`, of the reporting half `episodes`,
-        `calls_saved`, `return_vs_baseline` (null where the baseline's mean is not positive, and then the baseline is chosen) and
+        `calls_saved`, `return_vs_baseline` (null where the baseline's mean is not positive) and
         `return_vs_baseline_ci95` (null, too, where that of many resamples is not), and `notes`: sentences on what the choice does not show.
     """
     rows, baseline = report["rows"], report["rows"][0]

@@ -54,6 +54,7 @@ class CollectReport:
     folder: Path
     episodes: int
     new_episodes: int
+    other_episodes: int  # of those asked for: present, but with other steps per plan than the settings now say
     rows: int
     returns: dict[str, list[float]]  # of the new episodes, by "round r, behaviour"
     planner_calls: int  # that labelled the new episodes: one per env step
@@ -123,16 +124,14 @@ def collect(
     writer = ShardWriter(folder, facts, seed=seed, versions=versions())
     envs = VectorEnv.make(store.task, num_envs)
     returns: dict[str, list[float]] = defaultdict(list)
-    new, planner_calls, started = 0, 0, time.perf_counter()
+    new, others, planner_calls, started = 0, 0, 0, time.perf_counter()
     try:
         for round_ in range(1, rounds + 1):
             shards = read_shards(folder)
-            present = {shard.key for shard in shards}
-            missing = [
-                item
-                for item in plan_round(round_, episodes, config.horizons_of(round_), config.teacher_share)
-                if (seed, round_, item.number) not in present
-            ]
+            horizons = {shard.key: shard.horizon for shard in shards}
+            planned = plan_round(round_, episodes, config.horizons_of(round_), config.teacher_share)
+            missing = [item for item in planned if (seed, round_, item.number) not in horizons]
+            others += sum(horizons.get((seed, round_, item.number), item.horizon) != item.horizon for item in planned)
             if on_round is not None:
                 on_round(round_, len(missing))
             if not missing:
@@ -146,11 +145,9 @@ def collect(
                 planner_calls += recorded.env_steps
     finally:
         envs.close()
-        shards = read_shards(folder)
-        if shards:
-            write_index(folder, shards, facts.dims)
+        shards = write_index(folder, facts.dims)
     rows = sum(shard.rows for shard in shards)
-    return CollectReport(folder, len(shards), new, rows, dict(returns), planner_calls, time.perf_counter() - started)
+    return CollectReport(folder, len(shards), new, others, rows, dict(returns), planner_calls, time.perf_counter() - started)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ class JudgedGates:
         self._path, self._seed, self._episodes, self._acting = path, seed, episodes, acting
 
     def room(self, corrector: FittedCorrector, at_most: int) -> bool:
-        """Whether a gate of this corrector may be judged: fewer than `at_most` of its architecture have been, or all were its own."""
+        """Whether a gate of this corrector may be judged: fewer than `at_most` of its architecture have been, or its own is among them."""
         judged = self._judged(corrector)
         return len(judged) < at_most or any(line["corrector"] == _identity(corrector) for line in judged)
 

@@ -87,8 +87,10 @@ def _run_steps(entry: TaskEntry) -> dict[str, Any]:
         env.reset(seed=0)
         actions = np.random.default_rng(0).uniform(-1, 1, (CHECK_STEPS, env.task_spec.action_dim))
         started = time.perf_counter()
-        for action in actions:
-            env.step(action)
+        for seed, action in enumerate(actions, start=1):
+            _, _, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                env.reset(seed=seed)
         speed = CHECK_STEPS / (time.perf_counter() - started)
         return {"ok": True, "steps_per_s": round(speed, 1)}
     finally:

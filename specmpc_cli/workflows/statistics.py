@@ -9,6 +9,7 @@ import numpy as np
 from scipy.special import betaincinv
 
 RESAMPLES = 10_000
+_INDICES_AT_ONCE = 4_000_000  # 32 MB
 Interval = tuple[float, float]
 
 
@@ -16,7 +17,7 @@ def bootstrap_ci95(statistic: Callable[[np.ndarray], np.ndarray], episodes: int,
     """Percentile interval of a statistic over episodes drawn with replacement.
 
     Args:
-        statistic: maps resampled episode indices [RESAMPLES, episodes] to values [RESAMPLES]; NaN where it is undefined, which counts as
+        statistic: maps resampled episode indices [n, episodes] to values [n]; NaN where it is undefined, which counts as
             the worst value for the lower end and as the best for the upper one.
 
     Returns:
@@ -25,8 +26,10 @@ def bootstrap_ci95(statistic: Callable[[np.ndarray], np.ndarray], episodes: int,
     """
     if episodes < 2:
         return None
-    index = np.random.default_rng(seed).integers(episodes, size=(RESAMPLES, episodes))
-    values = statistic(index)
+    rng = np.random.default_rng(seed)
+    at_once = max(1, _INDICES_AT_ONCE // episodes)  # the same resamples, however many are drawn at once
+    parts = [min(at_once, RESAMPLES - drawn) for drawn in range(0, RESAMPLES, at_once)]
+    values = np.concatenate([statistic(rng.integers(episodes, size=(part, episodes))) for part in parts])
     undefined = np.isnan(values)
     with np.errstate(invalid="ignore"):  # a quantile between a number and infinity
         low = np.quantile(np.where(undefined, -np.inf, values), 0.025)

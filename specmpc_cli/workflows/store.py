@@ -26,7 +26,7 @@ from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.envs.registry import lookup
 from specmpc_cli.errors import CheckpointError, ConfigError, DatasetError, StoreError
-from specmpc_cli.files import make_folder, write_whole
+from specmpc_cli.files import make_folder, stamp, write_whole
 
 DEFAULT_TASK = "walker-walk"
 
@@ -139,6 +139,10 @@ class Store:
     def has_teacher(self) -> bool:
         """Whether this store has a teacher of its own for the task."""
         return _exists(self.folder / "teacher" / "model.safetensors")
+
+    def teacher_stamp(self) -> tuple[int, int] | None:
+        """Tells one teacher of this store's own from the next; None where there is none."""
+        return stamp(self.folder / "teacher" / "model.safetensors")
 
     # Correctors
 

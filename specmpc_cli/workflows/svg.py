@@ -12,7 +12,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 14, 12, 44
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers within [low, high], at most `most` of them."""
+    """Round numbers within [low, high], at most `most` steps between them."""
     span = high - low
     if span <= 0:
         return [low]

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from specmpc_cli.config.presets import load_config
+from specmpc_cli.config.presets import check_sections, load_config
 from specmpc_cli.config.schema import Config
 from specmpc_cli.engine.world_model import MODEL_SIZES
-from specmpc_cli.envs.registry import lookup
+from specmpc_cli.envs.registry import expect_ready, lookup
 from specmpc_cli.errors import ConfigError
 from specmpc_cli.runtime import Runtime
 from specmpc_cli.workflows.store import Store
@@ -41,8 +41,10 @@ def begin_training(
 
     Raises:
         ConfigError: options that do not fit the task or the saved training, nothing to resume, or a teacher that would be overwritten.
+        SuiteNotInstalled: what the task needs is missing.
         CheckpointError, DatasetError: the saved training is damaged.
     """
+    expect_ready(store.task)
     spec = lookup(store.task).spec
     folder = ResumeFolder(store.resume_folder())
     saved = folder.saved() if resume is not False else None
@@ -62,6 +64,13 @@ def begin_training(
     needed = seed_steps(Config.model_validate(facts.config), spec)
     if steps <= needed:
         raise ConfigError(f"--steps must exceed the {needed} decisions of the seed phase, got {steps}")
+    train = Config.model_validate(facts.config).train
+    if train.horizon > spec.decisions:
+        raise ConfigError(f"train.horizon is {train.horizon}, and an episode of {store.task} has {spec.decisions} decisions; take fewer")
+    if train.buffer_size <= spec.decisions:
+        raise ConfigError(
+            f"train.buffer_size must exceed the {spec.decisions} decisions of an episode of {store.task}, got {train.buffer_size}"
+        )
     if facts.num_envs * spec.decisions > steps:
         raise ConfigError(
             f"--num-envs {facts.num_envs} episodes of {spec.decisions} decisions are more than --steps {steps}; take fewer environments"
@@ -83,10 +92,7 @@ def _facts(
     settings: Sequence[str],
 ) -> TrainFacts:
     """What the options ask for; what they leave out is as in the saved training. Raises ConfigError."""
-    for setting in settings:
-        key = setting.partition("=")[0]
-        if key.partition(".")[0] not in KEPT_SECTIONS:
-            raise ConfigError(f"--set {key} has no part in training, which takes {' and '.join(f'{name}.*' for name in KEPT_SECTIONS)}")
+    check_sections(settings, KEPT_SECTIONS, "training")
     config = kept_config(load_config(presets, settings, base=old.config if old else None))
     if size is None:
         size = old.size if old else DEFAULT_SIZE
@@ -96,7 +102,7 @@ def _facts(
         num_envs = old.num_envs if old else 1
     if seed is None:
         seed = old.seed if old else 0
-    return TrainFacts(task, size, seed, num_envs, config)
+    return TrainFacts(task, size, seed, num_envs, config, lookup(task).spec.decisions)
 
 
 def training_report(trainer: Trainer, store: Store) -> dict[str, Any]:
@@ -113,7 +119,8 @@ def training_report(trainer: Trainer, store: Store) -> dict[str, Any]:
         "sha256": store.teacher().sha256,
         **asdict(trainer.counters),
         "seconds_this_time": trainer.counters.seconds - trainer.seconds_before,
-        "teacher_decisions": kept["decisions"] if kept else trainer.counters.decisions,
+        "teacher_decisions": trainer.teacher_decisions,
+        "evaluated_decisions": kept["decisions"] if kept else None,
         "return_mean": kept["return_mean"] if kept else None,
         "returns": kept["returns"] if kept else [],
         "evaluations": [{"decisions": line["decisions"], "return_mean": line["return_mean"]} for line in evaluations],

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -21,9 +22,10 @@ from specmpc_cli.config.presets import validate
 from specmpc_cli.config.schema import Config
 from specmpc_cli.data.replay import ReplayEpisode, delete_replay_shards, read_replay_shards, write_replay_shard
 from specmpc_cli.errors import CheckpointError, ConfigError, StoreError
-from specmpc_cli.files import make_folder, write_whole
+from specmpc_cli.files import make_folder, stamp, write_whole
 
 KIND = "specmpc-training"
+_METRICS = "metrics.json"  # the tensor of their bytes
 KEPT_SECTIONS = ("planner", "train")  # of a config, in a training
 # Settings that change nothing that is learned, so that a training may continue with others.
 _FREE = ("config.train.eval_every", "config.train.eval_episodes", "config.train.checkpoint_seconds")
@@ -40,6 +42,7 @@ class TrainFacts:
     seed: int
     num_envs: int
     config: dict[str, Any]  # as `kept_config` gives it
+    decisions: int | None = None  # of an episode, which the discount follows; older files say nothing of it
 
     def differences(self, other: TrainFacts) -> list[str]:
         """`size is 5, was 1` for everything that `other` (the saved training) was begun with and that cannot change."""
@@ -52,7 +55,10 @@ class TrainFacts:
     def _changed(self, other: TrainFacts) -> list[tuple[str, str]]:
         mine, theirs = _flat(asdict(self)), _flat(asdict(other))
         keys = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-        return [(key, f"{key} is {mine.get(key)}, was {theirs.get(key)}") for key in keys]
+        if other.decisions is None:
+            keys = [key for key in keys if key != "decisions"]
+        names = {"decisions": "decisions per episode"}
+        return [(key, f"{names.get(key, key)} is {mine.get(key)}, was {theirs.get(key)}") for key in keys]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +108,10 @@ class ResumeFolder:
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise ConfigError(f"another 'specmpc train' is at work in {self.path}; wait for it, or use another --name") from None
+            except OSError:
+                pass  # a filesystem without locks is no reason not to train
             yield
 
     @contextlib.contextmanager
@@ -114,11 +122,7 @@ class ResumeFolder:
 
     def stamp(self) -> tuple[int, int] | None:
         """Tells one checkpoint from the next; None where there is none."""
-        try:
-            found = self.state_file.stat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_mtime_ns
+        return stamp(self.state_file)
 
     def tidy(self, episodes: int | None) -> None:
         """Deletes what no checkpoint knows: shards from episode `episodes` on, and half-written files; everything if None."""
@@ -137,12 +141,15 @@ class ResumeFolder:
         """Writes the episodes since the last checkpoint, then the state: a checkpoint is there when its state is."""
         if new_episodes:
             write_replay_shard(self.path / "replay", new_episodes)
-        metadata = {"kind": KIND, "training": json.dumps(asdict(training))}
-        write_whole(self.state_file, save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata))
+        values = asdict(training)
+        # As a tensor, because a long training has more of them than the file's header takes.
+        metrics = torch.frombuffer(bytearray(json.dumps(values.pop("metrics")).encode()), dtype=torch.uint8)
+        kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        write_whole(self.state_file, save({**kept, _METRICS: metrics}, {"kind": KIND, "training": json.dumps(values)}))
 
     def load(self) -> tuple[SavedTraining, dict[str, Tensor], Iterator[ReplayEpisode]]:
         """The checkpoint, its tensors and all its episodes. Raises CheckpointError; reading the episodes DatasetError."""
-        opened = self._open(lambda file: {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
+        opened = self._open(lambda file: {name: file.get_tensor(name) for name in file.keys() if name != _METRICS})  # noqa: SIM118
         if opened is None:
             raise CheckpointError(f"there is no file {self.state_file}")
         training, tensors = opened
@@ -154,12 +161,17 @@ class ResumeFolder:
                 metadata = file.metadata() or {}
                 if metadata.get("kind") != KIND:
                     raise CheckpointError(f"{self.state_file} is not a training of this program; start over with --fresh")
-                return _saved_training(json.loads(metadata["training"])), read(file)
+                training = json.loads(metadata["training"])
+                if "metrics" not in training:  # files of before have them here
+                    training["metrics"] = json.loads(file.get_tensor(_METRICS).numpy().tobytes())
+                return _saved_training(training), read(file)
         except FileNotFoundError:
             return None
-        except PermissionError:
-            raise CheckpointError(f"no permission to read {self.state_file}") from None
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        except OSError as error:
+            if error.errno is not None:
+                raise CheckpointError(f"cannot read {self.state_file}: {error.strerror}") from None
+            raise CheckpointError(f"{self.state_file} is damaged; start over with --fresh") from None
+        except (SafetensorError, KeyError, TypeError, ValueError):
             raise CheckpointError(f"{self.state_file} is damaged or of another version; start over with --fresh") from None
 
 

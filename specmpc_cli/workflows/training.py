@@ -75,7 +75,7 @@ class Trainer:
         self.seconds_before = 0.0  # wall time spent by earlier runs of this training
         self._store = store
         self._resume = ResumeFolder(store.resume_folder())
-        self._found = self._resume.stamp()
+        self._found, self._teacher_found = self._resume.stamp(), store.teacher_stamp()
         self._watcher = Watcher()
         self._progress = Progress("seed phase")
         self._unsaved: list[ReplayEpisode] = []
@@ -161,6 +161,8 @@ class Trainer:
         with contextlib.closing(VectorEnv.make(self.spec.task, self.facts.num_envs)) as envs, self._resume.locked():
             if self._resume.stamp() != self._found:
                 raise ConfigError(f"another 'specmpc train' has been at work in {self._resume.path} meanwhile; go on with {self.again}")
+            if self._store.teacher_stamp() != self._teacher_found:
+                raise ConfigError(f"another command has written the teacher in {self._store.folder} meanwhile; train with another --name")
             try:
                 self._resume.tidy(self.counters.episodes if self.checkpointed else None)
                 self._found = self._resume.stamp()
@@ -212,7 +214,8 @@ class Trainer:
             on_act=self._decided,
             on_step=recorder.step,
         )
-        self.counters = replace(self.counters, episodes=first + count, seconds=time.monotonic() - self._began)
+        self.counters = replace(self.counters, episodes=first + count)
+        self._count_seconds()
         losses = self.log.losses()
         self._progress.losses = losses or self._progress.losses
         for number, stat in enumerate(stats, start=first):
@@ -289,7 +292,11 @@ class Trainer:
             on_step=lambda transition: self._show(),
         )
         self._progress.phase = phase
+        self._count_seconds()
         self._watcher.on_metrics(self.log.evaluation(self.counters, stats))
+
+    def _count_seconds(self) -> None:
+        self.counters = replace(self.counters, seconds=time.monotonic() - self._began)
 
     def _show(self) -> None:
         self._progress.decisions, self._progress.updates = self.counters.decisions, self.learner.updates
@@ -316,14 +323,14 @@ class Trainer:
         return self.log.best if self.config.train.keep == "best" else self.log.last_evaluation
 
     @property
-    def _teacher_decisions(self) -> int:
+    def teacher_decisions(self) -> int:
         """After how many decisions the teacher's weights are taken."""
         kept = self.log.best if self.config.train.keep == "best" else None
         return kept["decisions"] if kept else self.counters.decisions
 
     @property
     def _weights_are_the_teachers(self) -> bool:
-        return self._teacher_decisions == self.counters.decisions
+        return self.teacher_decisions == self.counters.decisions
 
     def _save_teacher(self) -> Path:
         evaluation = self.kept_evaluation
@@ -335,6 +342,7 @@ class Trainer:
             "num_envs": self.facts.num_envs,
             **asdict(self.counters),
             "return": evaluation["return_mean"] if evaluation else None,
+            "evaluated_decisions": evaluation["decisions"] if evaluation else None,
             "success_rate": evaluation.get("success_rate") if evaluation else None,
             "device": str(self.runtime.device),
             "dtype": self.runtime.dtype_name,
@@ -342,7 +350,9 @@ class Trainer:
             "versions": versions(),
         }
         config = {**self.facts.config, "dims": asdict(self.model.dims), "origin": origin}
-        return self._store.save_teacher(self.model, config, self.log.lines, TEACHER_DTYPE)
+        folder = self._store.save_teacher(self.model, config, self.log.lines, TEACHER_DTYPE)
+        self._teacher_found = self._store.teacher_stamp()
+        return folder
 
     @property
     def _computed_on(self) -> str:

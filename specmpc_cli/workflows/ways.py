@@ -185,14 +185,16 @@ def broken_promise(way: Way, config: Config, dtype: str) -> str | None:
     promised_in = settings.pop("dtype", dtype)  # older files say nothing of it
     if promised_in != dtype:
         return f"{whose} was calibrated in {promised_in} and acts in {dtype}: no promise holds here"
-    if _binding(settings) != _binding(config.acting_settings()):
+    if _binding(settings, facts.gate) != _binding(config.acting_settings(), facts.gate):
         return f"{whose} was calibrated with other settings of planner, speculation or refine: no promise holds here"
     return None
 
 
-def _binding(settings: dict[str, Any]) -> dict[str, Any]:
-    """Of settings that decide how a teacher acts, those that a promise depends on: a corrector brings most of `speculation`."""
-    return {**settings, "speculation": {"max_age": settings.get("speculation", {}).get("max_age")}}
+def _binding(settings: dict[str, Any], gate: GateRule) -> dict[str, Any]:
+    """Of settings that decide how a teacher acts, those that a promise depends on: a corrector brings most of `speculation`, and its gate
+    the steps that a plan lives at most."""
+    max_age = settings.get("speculation", {}).get("max_age")
+    return {**settings, "speculation": {"max_age": max_age and min(max_age, gate.horizon)}}
 
 
 def with_thresholds(rule: GateRule, accept_below: float | None, replan_above: float | None) -> GateRule:

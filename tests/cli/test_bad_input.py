@@ -154,6 +154,11 @@ def test_checkpoints_that_do_not_fit_leave_the_store_as_it_was(with_teacher: Com
         (("tasks", "--suite", "atari"), "--suite must be one of dmcontrol"),
         (("compare", "--episodes", "0"), "--episodes"),
         (("collect", "--episodes", "many"), "valid integer"),
+        (("collect", "--set", "train.lr=1e-4"), "--set train.lr has no part in this command, which takes planner.*, "),
+        (("compare", "--set", "corrector.width=64"), "--set corrector.width has no part in this command"),
+        (("fit-corrector", "--set", "collect.horizons=[3]"), "--set collect.horizons has no part in this command"),
+        (("eval", "--set", "refine.below=0.3"), "refine.below (0.3) means nothing while refine.iterations is 0"),
+        (("eval", "--set", "planner.horizon=2024-13-45"), "'2024-13-45' is not a YAML value"),
         (("import",), "Missing argument 'file'"),
         (("compare", "--horizon", "3"), "No such option"),
         (("comprae",), "No such command"),
@@ -161,6 +166,15 @@ def test_checkpoints_that_do_not_fit_leave_the_store_as_it_was(with_teacher: Com
 )
 def test_options_are_checked_before_anything_runs(with_teacher: Command, arguments: tuple[str, ...], message: str) -> None:
     assert message in with_teacher.fails(*arguments)
+
+
+@pytest.mark.parametrize("name", ["collect", "eval", "compare"])
+def test_a_suite_that_is_missing_is_named_before_anything_is_kept(
+    with_teacher: Command, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "which is not installed; run: pip install" in with_teacher.fails(name, "--task", "mw-assembly")
+    assert (with_teacher.store / "last.json").read_text().strip() == '{"task": "pointmass"}'
 
 
 def test_a_store_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -> None:

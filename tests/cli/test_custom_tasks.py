@@ -13,6 +13,7 @@ import pytest
 from specmpc_cli.envs import custom, registry
 from specmpc_cli.envs.registry import lookup, make_env
 from specmpc_cli.errors import UnknownTask
+from specmpc_cli.workflows import list_tasks as list_tasks_module
 from specmpc_cli.workflows.list_tasks import list_tasks
 from tests.cli.conftest import Command
 
@@ -155,3 +156,10 @@ def test_a_module_in_the_current_folder_hides_no_other(folder: Path) -> None:
 def test_a_module_that_is_not_there(folder: Path) -> None:
     with pytest.raises(UnknownTask, match="cannot be made: ModuleNotFoundError: No module named 'gone'"):
         lookup("gone:make")
+
+
+def test_a_check_goes_on_with_another_episode_where_one_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    strict = "\n\ndef make_short():\n    return gymnasium.wrappers.OrderEnforcing(TimeLimit(Balance(), 7))\n"
+    (folder / "short.py").write_text(EXAMPLE + strict)
+    checked = list_tasks_module._check(lookup("short:make_short"))
+    assert checked["ok"] is True, checked

@@ -56,6 +56,12 @@ def test_compare_films_the_baseline_beside_the_way_that_saves_most(pipeline: Com
     assert near(edge(second), VERMILION) and not near(edge(second, column=1), VERMILION)
 
 
+def test_a_missed_requirement_costs_no_video(pipeline: Command, tmp_path: Path) -> None:
+    out = tmp_path / "missed.gif"
+    result = pipeline("compare", "--horizons", "2", "--episodes", "1", "--video", str(out), "--require", "calls_saved>2")
+    assert result.code == 3 and out.exists()
+
+
 def test_the_policy_has_no_gate_to_mark(with_teacher: Command, tmp_path: Path) -> None:
     out = tmp_path / "policy.gif"
     assert with_teacher("eval", "--mode", "policy", "--episodes", "1", "--video", str(out)).code == 0

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
+from specmpc_cli.data import shards as shards_module
 from specmpc_cli.data.shards import INDEX, DatasetFacts, ShardWriter, read_columns, read_shards, write_index
 from specmpc_cli.data.tuples import TupleDims, stack_rows
 from specmpc_cli.errors import DatasetError, StoreError
@@ -60,7 +61,7 @@ def test_shards_of_before_a_setting_have_its_default(tmp_path: Path) -> None:
 
 def test_the_index_shows_all_shards_as_one(tmp_path: Path) -> None:
     write(tmp_path, [(0, 3), (1, 4)])
-    write_index(tmp_path, read_shards(tmp_path), DIMS)
+    write_index(tmp_path, DIMS)
     moved = tmp_path.parent / "moved"
     os.rename(tmp_path, moved)  # the index names its shards relative to itself
     with h5py.File(moved / INDEX) as index:
@@ -142,3 +143,35 @@ def test_rows_must_hold_the_whole_schema() -> None:
     del row["mismatch"]
     with pytest.raises(AssertionError):
         stack_rows([row], DIMS)
+
+
+def test_an_index_knows_the_shard_that_another_writer_finished_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, [(0, 3)])
+    whole = shards_module.write_whole
+
+    def overtaken(path: Path, content: bytes | str) -> None:
+        whole(path, content)
+        if path.name == INDEX and len(read_shards(tmp_path)) == 1:
+            write(tmp_path, [(1, 4)])
+
+    monkeypatch.setattr(shards_module, "write_whole", overtaken)
+    assert len(write_index(tmp_path, DIMS)) == 2
+    with h5py.File(tmp_path / INDEX) as index:
+        assert index["z"].shape == (7, 4)
+
+
+def test_a_full_disk_is_named_when_the_index_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, [(0, 3)])
+
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(StoreError, match=f"cannot write .*{INDEX}: No space left on device"):
+        write_index(tmp_path, DIMS)
+
+
+def test_a_shard_that_cannot_be_read_now_is_not_called_damaged(tmp_path: Path) -> None:
+    (tmp_path / "shard-x-00000.h5").mkdir()
+    with pytest.raises(DatasetError, match=r"cannot read .*shard-x-00000.h5: Is a directory$"):
+        read_shards(tmp_path)

@@ -192,6 +192,15 @@ def test_values_that_are_not_finite_stop_the_episode_with_task_and_step(field: s
         env.step(np.zeros(1))
 
 
+def test_an_observation_of_another_length_than_its_space_is_named() -> None:
+    env = counting_envs(1).envs[0]
+    env.reset(seed=0)
+    step = env.simulator.step
+    env.simulator.step = lambda action: step(action)._replace(obs=np.zeros(3))  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="counting: the environment returned an observation of 3 values where its space has 2"):
+        env.step(np.zeros(1))
+
+
 def test_a_diverged_dmcontrol_simulation_is_named_with_mujocos_own_warning() -> None:
     env = make_env("cartpole-balance")
     env.reset(seed=3)

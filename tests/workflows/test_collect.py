@@ -60,3 +60,13 @@ def test_returns_are_told_by_what_acted(tmp_path: Path) -> None:
         "round 1, naive 12 steps per plan": 1,
         "round 1, teacher": 1,
     }
+
+
+def test_episodes_that_were_run_with_other_horizons_are_counted(tmp_path: Path) -> None:
+    store = Store(tmp_path, "pointmass")
+    first = collect(store, bench(), episodes=2, rounds=1, seed=0, fit=lambda _: corrector())
+    assert (first.new_episodes, first.other_episodes) == (2, 0)
+    other = bench()
+    other.config = other.config.model_copy(update={"collect": CollectConfig(horizons=(6, 5))})
+    again = collect(store, other, episodes=2, rounds=1, seed=0, fit=lambda _: corrector())
+    assert (again.new_episodes, again.other_episodes) == (0, 1)  # the second had 3 steps per plan

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from specmpc_cli.workflows import statistics
 from specmpc_cli.workflows.calibrate import kept_at_least
 from specmpc_cli.workflows.statistics import conformal_bound, cvar05, fewest_episodes, lost_share_bound, mean_ci95, ratio, ratio_ci95
 
@@ -84,3 +85,10 @@ def test_a_new_value_stays_below_the_conformal_bound_as_often_as_it_says() -> No
     assert 0.89 < np.mean(below) < 0.92
     assert conformal_bound(np.zeros(8), 0.9) == 1.0  # eight values are too few to say anything
     assert conformal_bound(np.zeros(9), 0.9) == 0.0
+
+
+def test_resamples_are_the_same_however_many_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = np.random.default_rng(0).normal(size=7)
+    whole = mean_ci95(sample)
+    monkeypatch.setattr(statistics, "_INDICES_AT_ONCE", 7 * 999)
+    assert mean_ci95(sample) == whole

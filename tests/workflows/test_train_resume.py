@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import errno
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from specmpc_cli.engine.official import save_official
 from specmpc_cli.engine.world_model import MODEL_SIZES, WorldModel, WorldModelDims
+from specmpc_cli.envs import registry
 from specmpc_cli.errors import CheckpointError, ConfigError, DatasetError
 from specmpc_cli.runtime import choose_runtime
 from specmpc_cli.workflows.import_teacher import import_teacher
 from specmpc_cli.workflows.store import Store
-from specmpc_cli.workflows.train import begin_training
+from specmpc_cli.workflows.train import begin_training, training_report
 from specmpc_cli.workflows.train_log import Progress, Watcher
 from specmpc_cli.workflows.train_state import ResumeFolder
-from tests.workflows.pointmass_training import SMALL, STEPS, TINY, Killed, assert_same_training, begin, kill_at, lines, teacher
+from tests.workflows.pointmass_training import (
+    SMALL,
+    STEPS,
+    TINY,
+    Killed,
+    assert_same_training,
+    begin,
+    kill_at,
+    lines,
+    same_weights,
+    teacher,
+)
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 
@@ -198,3 +215,70 @@ def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:200])
     with pytest.raises(DatasetError, match=shard.name):
         begin(tmp_path)
+
+
+def test_a_teacher_that_is_imported_while_a_training_prepares_is_not_overwritten(tmp_path: Path) -> None:
+    """Before its first round a training holds no lock, and compiles for minutes."""
+    save_official(WorldModel(WorldModelDims(4, 2, **TINY)), tmp_path / "official.pt")
+    store = Store(tmp_path / "store", "pointmass")
+    trainer = begin(tmp_path / "store")
+    import_teacher(store, tmp_path / "official.pt")
+    imported = store.teacher().sha256
+    with pytest.raises(ConfigError, match="another command has written the teacher"):
+        trainer.run(STEPS, Watcher())
+    assert store.teacher().sha256 == imported
+
+
+def test_where_files_cannot_be_locked_it_trains_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    begin(tmp_path).run(120, Watcher())
+    assert lines(tmp_path)
+
+
+def test_checkpoints_of_before_keep_their_metrics_in_the_header(tmp_path: Path, straight: Path) -> None:
+    begin(tmp_path).run(120, Watcher())
+    state = Store(tmp_path, "pointmass").resume_folder() / "state.safetensors"
+    with safe_open(state, framework="pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    training = json.loads(header["training"])
+    training["metrics"] = json.loads(tensors.pop("metrics.json").numpy().tobytes())
+    del training["facts"]["decisions"]
+    save_file(tensors, state, {**header, "training": json.dumps(training)})
+    begin(tmp_path).run(STEPS, Watcher())
+    assert same_weights(tmp_path, straight) and [line["event"] for line in lines(tmp_path)][:2] == ["episode", "episode"]
+
+
+def test_a_task_whose_episodes_have_another_length_now_is_not_the_same_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(tmp_path).run(120, Watcher())
+    entry = registry.lookup("pointmass")
+    longer = replace(entry, spec=replace(entry.spec, decisions=60))
+    monkeypatch.setitem(registry._BUILT_IN, "pointmass", longer)
+    with pytest.raises(ConfigError, match="decisions per episode is 60, was 40"):
+        begin(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.horizon=41", "train.horizon is 41, and an episode of pointmass has 40"),
+        ("train.buffer_size=40", "must exceed the 40 decisions"),
+    ],
+)
+def test_settings_that_no_episode_fits_are_refused_before_the_first(tmp_path: Path, setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        begin(tmp_path, settings=[*SMALL, setting])
+
+
+def test_a_report_tells_weights_and_evaluation_apart(tmp_path: Path) -> None:
+    """Stopped after a checkpoint that no evaluation followed, and asked for fewer decisions than it has."""
+    with pytest.raises(Killed):
+        begin(tmp_path).run(STEPS, Watcher(kill_at(163)))
+    trainer = begin(tmp_path, steps=150)
+    trainer.run(150, Watcher())
+    report = training_report(trainer, Store(tmp_path, "pointmass"))
+    assert (report["decisions"], report["teacher_decisions"], report["evaluated_decisions"]) == (160, 160, 120)
+    origin = yaml.safe_load((teacher(tmp_path) / "config.yaml").read_text())["origin"]
+    assert (origin["decisions"], origin["evaluated_decisions"]) == (160, 120)

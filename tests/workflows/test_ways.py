@@ -40,6 +40,8 @@ def test_a_promise_holds_for_the_planner_and_the_refinement_that_it_was_checked_
     assert broken_promise(way, SMALL, "fp32") is None
     for other in ({"planner": PlannerConfig()}, {"speculation": SpeculationConfig(max_age=7)}, {"refine": RefineConfig(iterations=1)}):
         assert "no promise holds here" in (broken_promise(way, SMALL.model_copy(update=other), "fp32") or "")
+    longer = {"speculation": SpeculationConfig(max_age=40)}  # which the gate does not let a plan become
+    assert broken_promise(adaptive_way(corrector(calibrated=True), SMALL, None, None), SMALL.model_copy(update=longer), "fp32") is None
     ours = {"speculation": SpeculationConfig(tail="hold", executes="mean", metric="l1")}  # the corrector brings its own
     assert broken_promise(way, SMALL.model_copy(update=ours), "fp32") is None
     assert broken_promise(Way(Mode.CORRECTED, 6, corrector(calibrated=True)), Config(), "fp32") is None
