@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from specmpc_cli.config.presets import check_sections
+from specmpc_cli.config.schema import ACTING_SECTIONS
 from specmpc_cli.envs.registry import is_task, lookup
 from specmpc_cli.errors import ConfigError
 from specmpc_cli.runtime import Purpose, choose_runtime, stream_key
@@ -98,7 +100,8 @@ def load_controller(
     Raises:
         SpecMPCError: the same errors as the commands, with their remedies.
     """
-    place = _place(task_or_path, Path(store or os.environ.get("SPECMPC_STORE", "specmpc-store")), name)
+    place = _place(task_or_path, Path(store or os.environ.get("SPECMPC_STORE") or "specmpc-store"), name)
+    check_sections(settings, ACTING_SECTIONS, "acting")
     teacher = place.teacher()
     bench = Workbench(teacher, lookup(place.task).spec, config_of(teacher, [], list(settings)), choose_runtime(device, dtype))
     way = choose_way(

@@ -20,11 +20,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to; on success it takes `path`'s place, on failure it is removed and `path` is untouched.
-
-    A symbolic link stays one: what it leads to is replaced.
-    """
-    path = Path(os.path.realpath(path))
+    """Yields a path beside `path` to write to; on success it takes `path`'s place, on failure it is removed and `path` is untouched."""
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         make_folder(path.parent)

@@ -8,17 +8,7 @@ from pathlib import Path
 import pytest
 
 from specmpc_cli.errors import ConfigError
-from specmpc_cli.files import check_destination, write_whole
-
-
-def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    target, link = tmp_path / "elsewhere" / "target", tmp_path / "link"
-    target.write_text("old")
-    link.symlink_to(target)
-    write_whole(link, "new")
-    assert link.is_symlink() and target.read_text() == "new"
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["elsewhere", "link", "target"]
+from specmpc_cli.files import check_destination
 
 
 def test_places_that_take_no_file_are_refused_with_the_reason(tmp_path: Path) -> None:

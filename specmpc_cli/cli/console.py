@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from typing import Any, TextIO
 
@@ -41,25 +41,22 @@ def only_documents() -> Iterator[None]:
 @contextmanager
 def _standard_output_kept() -> Iterator[TextIO]:
     """Standard output, while libraries that write to its descriptor, C code and child processes, meet standard error there."""
+    stdout = sys.stdout
     try:
-        descriptors = sys.stdout.fileno(), sys.stderr.fileno()
+        out, err = stdout.fileno(), sys.stderr.fileno()
     except (AttributeError, io.UnsupportedOperation):  # streams of Python's own: there is no descriptor to lead elsewhere
-        yield sys.stdout
+        yield stdout
         return
-    out, err = descriptors
-    sys.stdout.flush()
-    with os.fdopen(os.dup(out), "w", encoding=sys.stdout.encoding) as documents:
+    stdout.flush()
+    with os.fdopen(os.dup(out), "w", encoding=stdout.encoding) as documents:
         os.dup2(err, out)
         try:
             yield documents
         finally:
-            _flush_c_streams()  # what printf has kept back belongs to standard error, too
+            # What Python's own stream and C's have kept back belongs to standard error, too.
+            stdout.flush()
+            ctypes.CDLL(None).fflush(None)
             os.dup2(documents.fileno(), out)
-
-
-def _flush_c_streams() -> None:
-    with suppress(OSError, TypeError, AttributeError):  # no C library is found this way on Windows
-        ctypes.CDLL(None).fflush(None)
 
 
 def print_error(message: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from specmpc_cli.cli.console import Output
 from specmpc_cli.cli.options import Common
+from specmpc_cli.config.schema import ACTING_SECTIONS
 from specmpc_cli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,9 +41,6 @@ def describe(runtime: "Runtime") -> str:
     return computed_on(runtime.facts)
 
 
-ACTING = ("planner", "speculation", "refine")  # the sections of the settings that decide how a teacher acts
-
-
 def open_store(
     common: Common,
     out: Output,
@@ -50,7 +48,7 @@ def open_store(
     preset: list[str] | None,
     settings: list[str] | None,
     *,
-    sections: Sequence[str] = ACTING,
+    sections: Sequence[str] = ACTING_SECTIONS,
     simulates: bool = True,
 ) -> tuple["Store", "Workbench"]:
     """The store and a workbench for its teacher; says what it took.

@@ -184,7 +184,7 @@ def _number(value: float | None) -> str:
         return "–"
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"  # without an exponent
+    return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"  # without an exponent
 
 
 def _interval(interval: Sequence[float] | None, scale: float, unit: str) -> str:

@@ -40,10 +40,14 @@ def load_config(presets: Sequence[str] = (), settings: Sequence[str] = (), base:
 
 
 def check_sections(settings: Sequence[str], sections: Sequence[str], command: str) -> None:
-    """Raises ConfigError for a setting `a.b=c` of a section that the command does not read. Presets may hold those of other commands."""
+    """Raises ConfigError for a setting `a.b=c` of a section that exists and that the command does not read.
+
+    Presets may hold sections of other commands.
+    """
     for setting in settings:
         key = setting.partition("=")[0]
-        if key.partition(".")[0] not in sections:
+        section = key.partition(".")[0]
+        if section in Config.model_fields and section not in sections:
             raise ConfigError(f"--set {key} has no part in {command}, which takes {', '.join(f'{name}.*' for name in sections)}")
 
 

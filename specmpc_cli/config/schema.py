@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from specmpc_cli.types import Course, Executes, Tail
 
+ACTING_SECTIONS = ("planner", "speculation", "refine")  # what decides how a teacher acts
+
 
 class Section(BaseModel):
     """Frozen, and closed to unknown keys."""

@@ -167,7 +167,7 @@ def _read_shard(path: Path) -> list[ReplayEpisode]:
             decisions, first = np.asarray(file["decisions"]), int(file.attrs["first"])  # type: ignore[arg-type]
         except (OSError, RuntimeError, KeyError, ValueError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise DatasetError(f"cannot read {path}: {os.strerror(error.errno)}") from None
+                raise DatasetError(f"cannot read {path}: {os.strerror(error.errno)}; the training goes on once it can be") from None
             raise DatasetError(f"{path} is damaged; the training cannot continue from it, start over with --fresh") from None
     episodes, row = [], 0
     for number, length in enumerate(decisions.tolist()):

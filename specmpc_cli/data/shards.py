@@ -24,6 +24,7 @@ from specmpc_cli.files import make_folder, write_whole
 from specmpc_cli.types import DEFAULT_COURSE
 
 INDEX = "index.h5"
+_INDEX_TRIES = 3
 EpisodeKey = tuple[int, int, int]  # seed, round, episode
 
 
@@ -62,7 +63,7 @@ class Shard:
     teacher_sha256: str
     key: EpisodeKey
     rows: int
-    horizon: int  # env steps per plan
+    horizon: int | None  # env steps per plan; older shards say nothing of it
     planner: dict[str, Any]  # settings of the planner that labelled it
     runner: dict[str, Any]  # how plans were executed: the `speculation` settings
 
@@ -134,7 +135,8 @@ def _inspect(path: Path) -> Shard:
             key = (int(attrs["seed"]), int(attrs["round"]), int(attrs["episode"]))
             planner, runner = json.loads(attrs["planner"]), json.loads(attrs["runner"])
             task, teacher, rows = str(attrs["task"]), str(attrs["teacher_sha256"]), len(_column(file, "z"))
-            return Shard(path, task, teacher, key, rows, int(attrs["horizon"]), planner, runner)
+            horizon = int(attrs["horizon"]) if "horizon" in attrs else None
+            return Shard(path, task, teacher, key, rows, horizon, planner, runner)
     except (OSError, RuntimeError) as error:
         raise _unreadable(path, error) from None
     except (KeyError, TypeError, ValueError):
@@ -159,7 +161,7 @@ def read_columns(shards: Sequence[Shard], names: Sequence[str]) -> dict[str, np.
 def _unreadable(path: Path, error: OSError | RuntimeError) -> DatasetError:
     """What to raise: only a file that was read and makes no sense is one to delete."""
     if isinstance(error, OSError) and error.errno is not None:
-        return DatasetError(f"cannot read {path}: {os.strerror(error.errno)}")
+        return DatasetError(f"cannot read {path}: {os.strerror(error.errno)}; try again once it can be")
     return DatasetError(f"{path} is damaged or truncated; delete it, and 'specmpc collect' makes its episode again")
 
 
@@ -176,13 +178,14 @@ def write_index(folder: Path, dims: TupleDims) -> list[Shard]:
     Returns:
         The shards in it.
     """
-    shards = read_shards(folder)
-    while shards:
-        write_whole(folder / INDEX, _index_of(shards, dims))
-        written, shards = shards, read_shards(folder)
-        if shards == written:  # else another writer came between, and our older index may have replaced its newer one
+    shards, written = read_shards(folder), []
+    for _ in range(_INDEX_TRIES):
+        if shards == written:
             break
-    return shards
+        write_whole(folder / INDEX, _index_of(shards, dims))
+        # Another writer may have come between, and our older index may have replaced its newer one.
+        written, shards = shards, read_shards(folder)
+    return written
 
 
 def _index_of(shards: Sequence[Shard], dims: TupleDims) -> bytes:

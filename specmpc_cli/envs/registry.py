@@ -170,7 +170,7 @@ def make_env(task: str) -> TaskEnv:
 
 
 def expect_ready(task: str) -> None:
-    """Raises what `make_env` would for want of a suite or its assets, without building anything."""
+    """Raises what `make_env` would for want of a suite or its assets, without making a simulator of a suite."""
     expect_assets = getattr(_module_of(lookup(task)), "expect_assets", None)
     if expect_assets is not None:
         expect_assets(task)

@@ -131,7 +131,7 @@ def collect(
             horizons = {shard.key: shard.horizon for shard in shards}
             planned = plan_round(round_, episodes, config.horizons_of(round_), config.teacher_share)
             missing = [item for item in planned if (seed, round_, item.number) not in horizons]
-            others += sum(horizons.get((seed, round_, item.number), item.horizon) != item.horizon for item in planned)
+            others += sum(horizons.get((seed, round_, item.number)) not in (None, item.horizon) for item in planned)
             if on_round is not None:
                 on_round(round_, len(missing))
             if not missing:

@@ -6,6 +6,7 @@ Random states need no saving: every draw of a training is keyed by the seed and 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ from specmpc_cli.files import make_folder, stamp, write_whole
 KIND = "specmpc-training"
 _METRICS = "metrics.json"  # the tensor of their bytes
 KEPT_SECTIONS = ("planner", "train")  # of a config, in a training
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # Settings that change nothing that is learned, so that a training may continue with others.
 _FREE = ("config.train.eval_every", "config.train.eval_episodes", "config.train.checkpoint_seconds")
 # How it acts may change on the way, and the metrics say when; how it learns may not.
@@ -110,8 +112,9 @@ class ResumeFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(f"another 'specmpc train' is at work in {self.path}; wait for it, or use another --name") from None
-            except OSError:
-                pass  # a filesystem without locks is no reason not to train
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:  # a filesystem without them is no reason not to train
+                    raise StoreError(f"cannot lock {lock.name}: {error.strerror}; choose another --store") from None
             yield
 
     @contextlib.contextmanager
@@ -157,6 +160,7 @@ class ResumeFolder:
 
     def _open(self, read: Any) -> tuple[SavedTraining, Any] | None:
         try:
+            open(self.state_file, "rb").close()  # for the reason: safe_open calls whatever it cannot open a missing file
             with safe_open(self.state_file, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("kind") != KIND:
@@ -169,7 +173,7 @@ class ResumeFolder:
             return None
         except OSError as error:
             if error.errno is not None:
-                raise CheckpointError(f"cannot read {self.state_file}: {error.strerror}") from None
+                raise CheckpointError(f"cannot read {self.state_file}: {error.strerror}; the training goes on once it can be") from None
             raise CheckpointError(f"{self.state_file} is damaged; start over with --fresh") from None
         except (SafetensorError, KeyError, TypeError, ValueError):
             raise CheckpointError(f"{self.state_file} is damaged or of another version; start over with --fresh") from None

@@ -161,8 +161,7 @@ class Trainer:
         with contextlib.closing(VectorEnv.make(self.spec.task, self.facts.num_envs)) as envs, self._resume.locked():
             if self._resume.stamp() != self._found:
                 raise ConfigError(f"another 'specmpc train' has been at work in {self._resume.path} meanwhile; go on with {self.again}")
-            if self._store.teacher_stamp() != self._teacher_found:
-                raise ConfigError(f"another command has written the teacher in {self._store.folder} meanwhile; train with another --name")
+            self._expect_own_teacher()
             try:
                 self._resume.tidy(self.counters.episodes if self.checkpointed else None)
                 self._found = self._resume.stamp()
@@ -305,8 +304,13 @@ class Trainer:
     # Keeping
 
     def checkpoint(self) -> None:
-        """Writes everything that continuing needs, then the teacher unless better weights are kept. Raises TrainingDiverged, StoreError."""
+        """Writes everything that continuing needs, then the teacher unless better weights are kept.
+
+        Raises:
+            TrainingDiverged, StoreError; ConfigError where another command has written the teacher.
+        """
         self._expect_finite()
+        self._expect_own_teacher()
         saved = SavedTraining(self.facts, self.counters, self._computed_on, self.log.lines)
         self._resume.save(saved, self.learner.state_dict(), self._unsaved)
         self.checkpointed, self._found = self.counters.decisions, self._resume.stamp()
@@ -365,6 +369,11 @@ class Trainer:
         if self.checkpointed is None:
             return "there is no checkpoint yet, so the same command begins again"
         return f"the checkpoint after {self.checkpointed} decisions is intact; go on from there with {self.again}"
+
+    def _expect_own_teacher(self) -> None:
+        """An import that began before our lock was taken must not be overwritten."""
+        if self._store.teacher_stamp() != self._teacher_found:
+            raise ConfigError(f"another command has written the teacher in {self._store.folder} meanwhile; train with another --name")
 
     def _expect_finite(self) -> None:
         if self.log.last_update is not None and (what := not_finite(self.log.last_update)):

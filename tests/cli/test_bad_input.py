@@ -157,6 +157,8 @@ def test_checkpoints_that_do_not_fit_leave_the_store_as_it_was(with_teacher: Com
         (("collect", "--set", "train.lr=1e-4"), "--set train.lr has no part in this command, which takes planner.*, "),
         (("compare", "--set", "corrector.width=64"), "--set corrector.width has no part in this command"),
         (("fit-corrector", "--set", "collect.horizons=[3]"), "--set collect.horizons has no part in this command"),
+        (("compare", "--set", "planer.iterations=4"), "did you mean planner"),
+        (("compare", "--set", "nonsense"), "--set takes a.b=value, got 'nonsense'"),
         (("eval", "--set", "refine.below=0.3"), "refine.below (0.3) means nothing while refine.iterations is 0"),
         (("eval", "--set", "planner.horizon=2024-13-45"), "'2024-13-45' is not a YAML value"),
         (("import",), "Missing argument 'file'"),

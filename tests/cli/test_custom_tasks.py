@@ -158,8 +158,26 @@ def test_a_module_that_is_not_there(folder: Path) -> None:
         lookup("gone:make")
 
 
-def test_a_check_goes_on_with_another_episode_where_one_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    strict = "\n\ndef make_short():\n    return gymnasium.wrappers.OrderEnforcing(TimeLimit(Balance(), 7))\n"
+def test_a_check_goes_on_with_another_episode_where_one_ends(folder: Path) -> None:
+    strict = """
+
+class Strict(gymnasium.Wrapper):
+    over = True
+
+    def reset(self, **options):
+        self.over = False
+        return self.env.reset(**options)
+
+    def step(self, action):
+        assert not self.over, "the episode is over"
+        *seen, terminated, truncated, info = self.env.step(action)
+        self.over = terminated or truncated
+        return *seen, terminated, truncated, info
+
+
+def make_short():
+    return Strict(TimeLimit(Balance(), 7))
+"""
     (folder / "short.py").write_text(EXAMPLE + strict)
     checked = list_tasks_module._check(lookup("short:make_short"))
     assert checked["ok"] is True, checked

@@ -171,7 +171,14 @@ def test_a_full_disk_is_named_when_the_index_does_not_fit(tmp_path: Path, monkey
         write_index(tmp_path, DIMS)
 
 
+def test_shards_of_before_the_horizon_was_written_are_read(tmp_path: Path) -> None:
+    (path,) = write(tmp_path, [(0, 3)])
+    with h5py.File(path, "r+") as file:
+        del file.attrs["horizon"]
+    assert [shard.horizon for shard in read_shards(tmp_path)] == [None]
+
+
 def test_a_shard_that_cannot_be_read_now_is_not_called_damaged(tmp_path: Path) -> None:
     (tmp_path / "shard-x-00000.h5").mkdir()
-    with pytest.raises(DatasetError, match=r"cannot read .*shard-x-00000.h5: Is a directory$"):
+    with pytest.raises(DatasetError, match=r"cannot read .*shard-x-00000.h5: Is a directory; try again"):
         read_shards(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,6 @@ from tests.workflows.pointmass_training import (
     begin,
     kill_at,
     lines,
-    same_weights,
     teacher,
 )
 
@@ -202,6 +202,30 @@ def test_an_import_keeps_out_of_a_training_that_has_no_checkpoint_yet(tmp_path: 
     assert lines(tmp_path / "store")[0]["event"] == "episode"
 
 
+def test_an_import_that_was_under_way_when_a_training_began_is_not_overwritten(tmp_path: Path) -> None:
+    """It looked for a training before there was one, and wrote its weights after."""
+    save_official(WorldModel(WorldModelDims(4, 2, **TINY)), tmp_path / "official.pt")
+    store, elsewhere = Store(tmp_path / "store", "pointmass"), Store(tmp_path / "elsewhere", "pointmass")
+    import_teacher(elsewhere, tmp_path / "official.pt")
+
+    def arrive(progress: Progress) -> None:
+        if progress.decisions == 20:
+            shutil.copytree(elsewhere.folder / "teacher", store.folder / "teacher", dirs_exist_ok=True)
+
+    with pytest.raises(ConfigError, match="another command has written the teacher"):
+        begin(tmp_path / "store").run(STEPS, Watcher(arrive))
+    assert store.teacher().sha256 == elsewhere.teacher().sha256
+
+
+def test_a_checkpoint_that_cannot_be_read_is_neither_missing_nor_damaged(tmp_path: Path) -> None:
+    begin(tmp_path).run(120, Watcher())
+    state = Store(tmp_path, "pointmass").resume_folder() / "state.safetensors"
+    state.unlink()
+    state.mkdir()
+    with pytest.raises(CheckpointError, match="cannot read .*state.safetensors: Is a directory"):
+        begin(tmp_path)
+
+
 def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
     begin(tmp_path).run(120, Watcher())
     state = Store(tmp_path, "pointmass").resume_folder() / "state.safetensors"
@@ -248,7 +272,7 @@ def test_checkpoints_of_before_keep_their_metrics_in_the_header(tmp_path: Path, 
     del training["facts"]["decisions"]
     save_file(tensors, state, {**header, "training": json.dumps(training)})
     begin(tmp_path).run(STEPS, Watcher())
-    assert same_weights(tmp_path, straight) and [line["event"] for line in lines(tmp_path)][:2] == ["episode", "episode"]
+    assert_same_training(tmp_path, straight)
 
 
 def test_a_task_whose_episodes_have_another_length_now_is_not_the_same_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
