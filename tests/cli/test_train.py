@@ -102,7 +102,7 @@ class TestInProcess:
             (("--set", "train.lr=-1"), "train.lr"),
             (("--set", "train.acting.num_samples=4"), "train.acting: num_pi_trajs (4) must be below"),
             (("--set", "train.horizn=2"), "did you mean horizon"),
-            (("--set", "speculation.tail=hold"), "--set speculation.tail has no part in training, which takes planner.* and train.*"),
+            (("--set", "speculation.tail=hold"), "--set speculation.tail has no part in training, which takes planner.*, train.*"),
         ):
             assert expected in command.fails("train", "--task", "pointmass", "--preset", preset, *arguments)
         assert not (command.store / "pointmass").exists()
