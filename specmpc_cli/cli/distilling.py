@@ -8,7 +8,6 @@ import typer
 from specmpc_cli.cli.console import Output
 from specmpc_cli.cli.options import Common, PresetOption, SetOption, TaskOption, common_options
 from specmpc_cli.cli.session import envs_for, open_store, output_for, prepare_acting
-from specmpc_cli.config.schema import ACTING_SECTIONS
 from specmpc_cli.errors import CalibrationFailed, ConfigError, SpecMPCError
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def collect(
 
     out = output_for(common)
     check_archs([arch])
-    store, bench = open_store(common, out, task, preset, set_, sections=(*ACTING_SECTIONS, "collect", "corrector"))
+    store, bench = open_store(common, out, task, preset, set_, also=("collect", "corrector"))
     with out.progress() as progress:
         bar = progress.add_task("round 1", total=None, state="")
 
@@ -122,7 +121,7 @@ def fit_corrector(
     archs = check_archs(list(dict.fromkeys(arch or DEFAULT_ARCHS)))
     settings = [*(set_ or []), *([f"corrector.epochs={epochs}"] if epochs else [])]
     calibrates = max_return_loss is not None
-    store, bench = open_store(common, out, task, preset, settings, sections=(*ACTING_SECTIONS, "corrector"), simulates=calibrates)
+    store, bench = open_store(common, out, task, preset, settings, also=("corrector",), simulates=calibrates)
     promise_over = calibrate_episodes or FEWEST_EPISODES
     if max_return_loss is not None:
         check_promise(max_return_loss, promise_over, bench.spec.has_success)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from specmpc_cli.cli.console import Output
 from specmpc_cli.cli.options import Common
-from specmpc_cli.config.schema import ACTING_SECTIONS
 from specmpc_cli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,23 +47,24 @@ def open_store(
     preset: list[str] | None,
     settings: list[str] | None,
     *,
-    sections: Sequence[str] = ACTING_SECTIONS,
+    also: Sequence[str] = (),
     simulates: bool = True,
 ) -> tuple["Store", "Workbench"]:
     """The store and a workbench for its teacher; says what it took.
 
     Args:
-        sections: of the settings, those that the command reads.
+        also: sections of the settings that the command reads besides those that decide how a teacher acts.
         simulates: whether it will run the task's environment; what that needs is looked for before anything is kept or compiled.
     """
     from specmpc_cli.config.presets import check_sections
+    from specmpc_cli.config.schema import ACTING_SECTIONS
     from specmpc_cli.envs.registry import expect_ready, lookup
     from specmpc_cli.workflows.acting import Workbench
     from specmpc_cli.workflows.store import Store, config_of
 
     store = Store(common.store, task, common.name)
     teacher = store.teacher()
-    check_sections(settings or [], sections, "this command")
+    check_sections(settings or [], (*ACTING_SECTIONS, *also), "this command")
     config = config_of(teacher, preset or [], settings or [])
     if simulates:
         expect_ready(store.task)
