@@ -44,6 +44,11 @@ def stamp(path: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
+def why_unreadable(error: Exception) -> str | None:
+    """The system's reason why a file could not be read; None where it was read and makes no sense: only then it is damaged."""
+    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno is not None else None
+
+
 def make_folder(folder: Path) -> None:
     """Creates a folder and its parents. Raises StoreError where that is not allowed."""
     try:

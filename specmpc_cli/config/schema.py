@@ -148,6 +148,10 @@ class TrainConfig(Section):
     keep: Literal["last", "best"] = Field(default="last", description="weights the teacher ends up with: the last, or the best evaluated")
     checkpoint_seconds: float = Field(default=120.0, ge=0, description="wall time between checkpoints; changes nothing that is learned")
 
+    def seed_phase(self, episode: int) -> int:
+        """Decisions before the first update, for episodes of so many: demonstrations, then those at random."""
+        return self.demonstrations * episode + (self.seed_steps or max(1000, 5 * episode))
+
 
 class Config(Section):
     """Everything a preset may set, and what is stored beside each teacher and corrector."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from specmpc_cli.errors import DatasetError
-from specmpc_cli.files import write_whole
+from specmpc_cli.files import why_unreadable, write_whole
 
 _COLUMNS = ("obs", "action", "reward", "terminated")
 
@@ -166,8 +165,8 @@ def _read_shard(path: Path) -> list[ReplayEpisode]:
             columns = {name: np.asarray(file[name]) for name in _COLUMNS}
             decisions, first = np.asarray(file["decisions"]), int(file.attrs["first"])  # type: ignore[arg-type]
         except (OSError, RuntimeError, KeyError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise DatasetError(f"cannot read {path}: {os.strerror(error.errno)}; the training goes on once it can be") from None
+            if reason := why_unreadable(error):
+                raise DatasetError(f"cannot read {path}: {reason}; the training goes on once it can be") from None
             raise DatasetError(f"{path} is damaged; the training cannot continue from it, start over with --fresh") from None
     episodes, row = [], 0
     for number, length in enumerate(decisions.tolist()):

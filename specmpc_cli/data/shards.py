@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ import numpy as np
 
 from specmpc_cli.data.tuples import SCHEMA_VERSION, Behaviour, TupleDims
 from specmpc_cli.errors import DatasetError
-from specmpc_cli.files import make_folder, write_whole
+from specmpc_cli.files import make_folder, why_unreadable, write_whole
 from specmpc_cli.types import DEFAULT_COURSE
 
 INDEX = "index.h5"
@@ -158,10 +157,10 @@ def read_columns(shards: Sequence[Shard], names: Sequence[str]) -> dict[str, np.
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
-def _unreadable(path: Path, error: OSError | RuntimeError) -> DatasetError:
-    """What to raise: only a file that was read and makes no sense is one to delete."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return DatasetError(f"cannot read {path}: {os.strerror(error.errno)}; try again once it can be")
+def _unreadable(path: Path, error: Exception) -> DatasetError:
+    """What to raise."""
+    if reason := why_unreadable(error):
+        return DatasetError(f"cannot read {path}: {reason}; try again once it can be")
     return DatasetError(f"{path} is damaged or truncated; delete it, and 'specmpc collect' makes its episode again")
 
 

@@ -14,7 +14,7 @@ from specmpc_cli.errors import ConfigError
 from specmpc_cli.runtime import Runtime
 from specmpc_cli.workflows.store import Store
 from specmpc_cli.workflows.train_state import KEPT_SECTIONS, ResumeFolder, TrainFacts, kept_config
-from specmpc_cli.workflows.training import Trainer, seed_steps
+from specmpc_cli.workflows.training import Trainer
 
 DEFAULT_SIZE = 1
 
@@ -61,10 +61,10 @@ def begin_training(
             f"cannot continue the training in {folder.path}: {'; '.join(differences)}; repeat the options it was begun with, "
             "begin anew with --fresh, or keep both with another --name"
         )
-    needed = seed_steps(Config.model_validate(facts.config), spec)
+    train = Config.model_validate(facts.config).train
+    needed = train.seed_phase(spec.decisions)
     if steps <= needed:
         raise ConfigError(f"--steps must exceed the {needed} decisions of the seed phase, got {steps}")
-    train = Config.model_validate(facts.config).train
     if train.horizon > spec.decisions:
         raise ConfigError(f"train.horizon is {train.horizon}, and an episode of {store.task} has {spec.decisions} decisions; take fewer")
     if train.buffer_size <= spec.decisions:

@@ -23,7 +23,7 @@ from specmpc_cli.config.presets import validate
 from specmpc_cli.config.schema import Config
 from specmpc_cli.data.replay import ReplayEpisode, delete_replay_shards, read_replay_shards, write_replay_shard
 from specmpc_cli.errors import CheckpointError, ConfigError, StoreError
-from specmpc_cli.files import make_folder, stamp, write_whole
+from specmpc_cli.files import make_folder, stamp, why_unreadable, write_whole
 
 KIND = "specmpc-training"
 _METRICS = "metrics.json"  # the tensor of their bytes
@@ -171,11 +171,9 @@ class ResumeFolder:
                 return _saved_training(training), read(file)
         except FileNotFoundError:
             return None
-        except OSError as error:
-            if error.errno is not None:
-                raise CheckpointError(f"cannot read {self.state_file}: {error.strerror}; the training goes on once it can be") from None
-            raise CheckpointError(f"{self.state_file} is damaged; start over with --fresh") from None
-        except (SafetensorError, KeyError, TypeError, ValueError):
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            if reason := why_unreadable(error):
+                raise CheckpointError(f"cannot read {self.state_file}: {reason}; the training goes on once it can be") from None
             raise CheckpointError(f"{self.state_file} is damaged or of another version; start over with --fresh") from None
 
 

@@ -52,13 +52,6 @@ from specmpc_cli.workflows.train_state import Counters, ResumeFolder, SavedTrain
 FINITE_EVERY = {"cpu": 1, "cuda": 100}  # updates between looks for NaN: on a GPU a look waits for the device
 TEACHER_DTYPE = torch.float16  # of the teacher's file: half the size, and 11 bits of mantissa; training continues from fp32
 _RHO, _RHO_EPISODIC = 0.5, 0.7
-_MIN_SEED_STEPS, _SEED_EPISODES = 1000, 5
-
-
-def seed_steps(config: Config, spec: EnvSpec) -> int:
-    """Decisions before the first update: demonstrations, then max(1000, five episodes) at random unless the config says otherwise."""
-    at_random = config.train.seed_steps or max(_MIN_SEED_STEPS, _SEED_EPISODES * spec.decisions)
-    return config.train.demonstrations * spec.decisions + at_random
 
 
 class Trainer:
@@ -81,6 +74,7 @@ class Trainer:
         self._unsaved: list[ReplayEpisode] = []
         self._drawn = 0  # evaluations in the curve
         train = self.config.train
+        self._seed_phase = train.seed_phase(spec.decisions)
         torch.manual_seed(facts.seed)
         self.model = WorldModel(WorldModelDims(spec.obs_dim, spec.action_dim, episodic=spec.episodic, **MODEL_SIZES[facts.size]))
         rho = train.rho or (_RHO_EPISODIC if spec.episodic else _RHO)
@@ -202,7 +196,7 @@ class Trainer:
         who = self._who_acts(seeding)
         first, count = self.counters.episodes, self.facts.num_envs
         if seeding:  # no more at random than the seed phase needs, however many environments there are
-            needed = math.ceil((seed_steps(self.config, self.spec) - self.counters.decisions) / self.spec.decisions)
+            needed = math.ceil((self._seed_phase - self.counters.decisions) / self.spec.decisions)
             demonstrated = self.config.train.demonstrations - first
             count = min(count, needed, demonstrated if demonstrated > 0 else needed)
         stats = rollout(
@@ -223,7 +217,7 @@ class Trainer:
             self._unsaved.append(episode)
             self._progress.last_return = stat.episode_return
             self._watcher.on_metrics(self.log.episode(self.counters, number, who, stat, losses))
-        if seeding and self.counters.decisions >= seed_steps(self.config, self.spec):
+        if seeding and self.counters.decisions >= self._seed_phase:
             self.counters = replace(self.counters, seed_decisions=self.counters.decisions)
             self._progress.phase = "first updates"
             self.learn()

@@ -22,7 +22,6 @@ from specmpc_cli.runtime import choose_runtime
 from specmpc_cli.workflows.store import Store
 from specmpc_cli.workflows.train import begin_training
 from specmpc_cli.workflows.train_log import Watcher
-from specmpc_cli.workflows.training import seed_steps
 from tests.workflows.pointmass_training import SMALL, STEPS, Killed, assert_same_training, begin, kill_at, lines, teacher
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
@@ -105,8 +104,8 @@ def test_it_learns_pointmass(tmp_path: Path) -> None:
 
 def test_seed_steps_follow_the_published_rule() -> None:
     config = load_config()
-    assert seed_steps(config, lookup("walker-walk").spec) == 2500
-    assert seed_steps(config, lookup("mw-assembly").spec) == 1000
+    assert config.train.seed_phase(lookup("walker-walk").spec.decisions) == 2500
+    assert config.train.seed_phase(lookup("mw-assembly").spec.decisions) == 1000
 
 
 def test_a_compiler_that_fails_leaves_the_training_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
