@@ -158,10 +158,13 @@ def _keep_freed_memory() -> None:
     libc.mallopt(m_trim_threshold, 512 << 20)
 
 
-def use_compile_cache() -> None:
-    """Keeps compiled kernels in the user's cache folder, so that a second start compiles nothing. Before the first compilation."""
+def use_compile_cache() -> Path:
+    """Keeps compiled kernels in the user's cache folder, so that a second start compiles nothing; → that folder.
+
+    Before the first compilation.
+    """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / "specmpc" / "inductor"))
+    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / "specmpc" / "inductor")))
 
 
 def synchronise(device: torch.device) -> None:

@@ -11,17 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from specmpc_cli.engine.norm_mish import mish, norm_mish, over_rows
+
 Activation = Callable[[Tensor], Tensor]
-
-
-def mish(x: Tensor) -> Tensor:
-    """x · tanh(softplus(x)), written with one exponential: x·n/(n+2) with n = eˣ(eˣ+2).
-
-    The exponent is capped at 20, where the quotient is 1 in fp32, so that n cannot overflow.
-    """
-    e = torch.exp(x.clamp(max=20.0))
-    n = e * (e + 2.0)
-    return x * (n / (n + 2.0))
 
 
 class SimNorm:
@@ -52,9 +44,9 @@ class Affine(nn.Module):
         """Inputs [..., in] in the weight's dtype and width."""
         return widened(x.to(self.weight.dtype), self.weight.shape[-1])
 
-    def as_output(self, y: Tensor) -> Tensor:
-        """A product [..., out] in fp32, without the padding."""
-        return (y if y.shape[-1] == self.out_dim else y[..., : self.out_dim]).float()
+    def without_padding(self, y: Tensor) -> Tensor:
+        """A product [..., out] cut to `out_dim`."""
+        return y if y.shape[-1] == self.out_dim else y[..., : self.out_dim]
 
 
 def widened(x: Tensor, width: int) -> Tensor:
@@ -73,7 +65,7 @@ class Linear(Affine):
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.as_output(F.linear(self.as_input(x), self.weight, self.bias))
+        return self.without_padding(F.linear(self.as_input(x), self.weight, self.bias)).float()
 
 
 class NormedLinear(Linear):
@@ -90,15 +82,23 @@ class NormedLinear(Linear):
         `shared` [..., 1, S] holds leading input features that all N rows have in common; their part of the product is computed once.
         """
         if shared is None:
-            return self.activation(self.ln(super().forward(x)))
+            y, shift = F.linear(self.as_input(x), self.weight), self.bias
+        else:
+            y, shift = self._product_of_parts(x, shared.squeeze(-2))
+        y, shift = self.without_padding(y), self.without_padding(shift)
+        if self.activation is mish:
+            return norm_mish(y, shift, self.ln.weight, self.ln.bias)
+        return self.activation(self.ln(y.float() + over_rows(shift).float()))
+
+    def _product_of_parts(self, x: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+        """The products of each row's own features [..., N, out] and of those that they share [..., out], which has the bias."""
         dtype, width = self.weight.dtype, shared.shape[-1]
         of_shared, of_own = self.weight[:, :width], self.weight[:, width:]
         if dtype is torch.bfloat16 and x.device.type == "cpu":
             # oneDNN's bf16 products take no row stride: they would copy such weights transposed, at five times the cost.
             of_shared, of_own = of_shared.contiguous(), of_own.contiguous()
-        common = self.as_output(F.linear(shared.to(dtype), of_shared, self.bias))
-        own = self.as_output(F.linear(widened(x.to(dtype), of_own.shape[-1]), of_own))
-        return self.activation(self.ln(common + own))
+        own = F.linear(widened(x.to(dtype), of_own.shape[-1]), of_own)
+        return own, F.linear(shared.to(dtype), of_shared, self.bias)
 
 
 def mlp(in_dim: int, hidden: Sequence[int], out_dim: int, last: Activation | None = None) -> nn.Sequential:
@@ -118,7 +118,7 @@ class LinearEnsemble(Affine):
         self.weight = nn.Parameter(torch.empty(num_heads, out_dim, in_dim))
         self.bias = nn.Parameter(torch.zeros(num_heads, out_dim))
         nn.init.trunc_normal_(self.weight, std=0.02)
-        self.ln = StackedLayerNorm(num_heads, out_dim) if normed else None
+        self.ln = StackedNormMish(num_heads, out_dim) if normed else None
 
     def forward(self, x: Tensor, head: int | Tensor | None, mask: Tensor | None = None) -> Tensor:
         """x [B, N, in] → [B, N, out] through one head: the same for all rows (int), or one per row (Tensor [B]).
@@ -126,34 +126,36 @@ class LinearEnsemble(Affine):
         `head` None: through all heads, [E, N, in] → [E, N, out]; inputs that the heads share may come as [1, N, in].
         `mask` [B, N, out] multiplies the product (dropout).
         """
-        y = self.as_output(self._product(self.as_input(x), head))
-        if mask is not None:
-            y = y * mask
-        return y if self.ln is None else mish(self.ln(y, head))
+        y = self.without_padding(self._product(self.as_input(x), head))
+        bias = self.without_padding(self.bias if head is None else self.bias[head])  # [E, out], [out] or [B, out]
+        if self.ln is None:
+            return y.float() + over_rows(bias).float()
+        if mask is None:
+            return self.ln(y, bias, head)
+        return self.ln((y + over_rows(bias)) * mask, None, head)
 
     def _product(self, x: Tensor, head: int | Tensor | None) -> Tensor:
+        """Without the bias."""
         if isinstance(head, int):
-            return F.linear(x, self.weight[head], self.bias[head])
+            return F.linear(x, self.weight[head])
         if head is None and x.shape[0] == 1:  # one wide product serves all heads
-            y = F.linear(x[0], self.weight.flatten(0, 1), self.bias.flatten())  # [N, E·out]
+            y = F.linear(x[0], self.weight.flatten(0, 1))  # [N, E·out]
             return y.unflatten(1, self.bias.shape).transpose(0, 1)
-        weight, bias = (self.weight, self.bias) if head is None else (self.weight[head], self.bias[head])
-        if len(weight) == 1 and weight.dtype is torch.bfloat16:  # as a batched product, compiled, oneDNN would copy it transposed
-            return F.linear(x[0], weight[0], bias[0]).unsqueeze(0)
-        return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+        weight = self.weight if head is None else self.weight[head]
+        if len(weight) == 1:  # in bf16, as a batched product, compiled, oneDNN would copy it transposed
+            return F.linear(x[0], weight[0]).unsqueeze(0)
+        return torch.bmm(x, weight.transpose(1, 2))
 
 
-class StackedLayerNorm(nn.Module):
-    """LayerNorm with one scale and shift per head, [E, dim]."""
+class StackedNormMish(nn.Module):
+    """LayerNorm with one scale and shift per head, [E, dim], and Mish."""
 
     def __init__(self, num_heads: int, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(num_heads, dim))
         self.bias = nn.Parameter(torch.zeros(num_heads, dim))
 
-    def forward(self, x: Tensor, head: int | Tensor | None) -> Tensor:
-        normed = F.layer_norm(x, x.shape[-1:])
-        if isinstance(head, int):
-            return normed * self.weight[head] + self.bias[head]
+    def forward(self, x: Tensor, shift: Tensor | None, head: int | Tensor | None) -> Tensor:
+        """x [B, N, dim] of one head (int), of one head per row [B], or [E, N, dim] of all heads (None), to which `shift` is added first."""
         weight, bias = (self.weight, self.bias) if head is None else (self.weight[head], self.bias[head])
-        return normed * weight.unsqueeze(1) + bias.unsqueeze(1)
+        return norm_mish(x, shift, weight, bias)
