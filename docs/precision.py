@@ -40,10 +40,10 @@ def rounded_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(torch.bfloat16)
 
 
-@torch.library.custom_op("specmpc_docs::baddbmm", mutates_args=())
-def rounded_baddbmm(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """`torch.baddbmm` of bf16 tensors, likewise."""
-    return torch.baddbmm(bias.float(), x.float(), weight.float()).to(torch.bfloat16)
+@torch.library.custom_op("specmpc_docs::bmm", mutates_args=())
+def rounded_bmm(x: Tensor, weight: Tensor) -> Tensor:
+    """`torch.bmm` of bf16 tensors, likewise."""
+    return torch.bmm(x.float(), weight.float()).to(torch.bfloat16)
 
 
 @rounded_linear.register_fake
@@ -51,23 +51,23 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@rounded_baddbmm.register_fake
-def _(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+@rounded_bmm.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1], weight.shape[2])
 
 
 def emulate_bf16() -> None:
     """Sends the layers' bf16 products through fp32 units; fp32 products stay as they are."""
-    linear, baddbmm = F.linear, torch.baddbmm
+    linear, bmm = F.linear, torch.bmm
 
     def linear_of(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return rounded_linear(x, weight, bias) if weight.dtype is torch.bfloat16 else linear(x, weight, bias)
 
-    def baddbmm_of(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return rounded_baddbmm(bias, x, weight) if weight.dtype is torch.bfloat16 else baddbmm(bias, x, weight)
+    def bmm_of(x: Tensor, weight: Tensor) -> Tensor:
+        return rounded_bmm(x, weight) if weight.dtype is torch.bfloat16 else bmm(x, weight)
 
     layers.F = SimpleNamespace(**{**vars(F), "linear": linear_of})
-    layers.torch = SimpleNamespace(**{**vars(torch), "baddbmm": baddbmm_of})
+    layers.torch = SimpleNamespace(**{**vars(torch), "bmm": bmm_of})
 
 
 def main() -> None:

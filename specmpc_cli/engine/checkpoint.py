@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specmpc_cli.engine.correctors import CORRECTORS, BaseCorrector, CorrectorDims, build_corrector
 from specmpc_cli.engine.gate import GateRule
-from specmpc_cli.engine.official import infer_dims, load_weights, log_std_range
+from specmpc_cli.engine.official import infer_dims, log_std_range, model_of
 from specmpc_cli.engine.world_model import LOG_STD_RANGE, WorldModel
 from specmpc_cli.errors import CheckpointError
 from specmpc_cli.files import write_whole
@@ -51,8 +51,8 @@ def load_world_model(path: Path) -> tuple[WorldModel, str]:
     state, metadata = _load(path)
     _expect_kind(metadata, TEACHER_KIND, path)
     state = {name: tensor.float() for name, tensor in state.items()}
-    model = WorldModel(replace(infer_dims(state, path.name), **log_std_range(metadata, path.name)))
-    load_weights(model, state, path.name)
+    dims = replace(infer_dims(state, path.name), **log_std_range(metadata, path.name))
+    model = model_of(dims, state, path.name)
     return model.requires_grad_(False).eval(), weights_sha256(state)
 
 

@@ -53,7 +53,7 @@ inline float exp_for_mish(float x) {
   p = p * r + 2.4022651e-1f;
   p = p * r + 6.9314718e-1f;
   p = p * r + 1.0f;
-  const int32_t exponent = std::clamp(static_cast<int32_t>(k), -127, 30) + 127;
+  const int32_t exponent = std::max(static_cast<int32_t>(std::min(k, 30.0f)), -127) + 127;
   return p * std::bit_cast<float>(exponent << 23);
 }
 
@@ -99,7 +99,7 @@ struct PerGroup {
 
   PerGroup(const at::Tensor& given, int64_t groups, int64_t dim) : values(given.contiguous()), step(given.dim() == 2 ? dim : 0) {
     TORCH_CHECK(values.scalar_type() == at::kFloat, "norm_mish: shift, weight and bias must be fp32");
-    TORCH_CHECK(values.size(-1) == dim && (step == 0 || values.size(0) == groups), "norm_mish: vectors of another shape");
+    TORCH_CHECK(given.dim() <= 2 && values.size(-1) == dim && (step == 0 || values.size(0) == groups), "norm_mish: vectors of another shape");
   }
   const float* of(int64_t group) const { return values.const_data_ptr<float>() + group * step; }
 };
@@ -132,7 +132,8 @@ void forward_rows(const Rows& in, const Rows& out, const PerGroup& shift, const 
       T* y = out.row<T>(i);
       const int64_t group = in.group_of(i);
       const float *c = shift.of(group), *w = weight.of(group), *b = bias.of(group);
-      const auto [mean, inverse_std] = moments(x, c, dim);
+      const Moments found = moments(x, c, dim);
+      const float mean = found.mean, inverse_std = found.inverse_std;  // clang takes no structured bindings into simd loops
 #pragma omp simd
       for (int64_t j = 0; j < dim; ++j) {
         y[j] = from_float<T>(mish((to_float(x[j]) + c[j] - mean) * inverse_std * w[j] + b[j]));
@@ -164,7 +165,8 @@ void backward_rows(
         const int64_t i = group * in.count + n;
         const T *x = in.row<T>(i), *gy = grad.row<T>(i);
         T* gx = out.row<T>(i);
-        const auto [mean, inverse_std] = moments(x, c, dim);
+        const Moments found = moments(x, c, dim);
+        const float mean = found.mean, inverse_std = found.inverse_std;
         float along_one = 0.0f, along_normed = 0.0f;
 #pragma omp simd reduction(+ : along_one, along_normed)
         for (int64_t j = 0; j < dim; ++j) {
@@ -200,21 +202,12 @@ void for_type_of(const at::Tensor& x, Function call) {
   }
 }
 
-void write_norm_mish(const Rows& in, const Rows& out, const at::Tensor& shift, const at::Tensor& weight, const at::Tensor& bias) {
+at::Tensor norm_mish(const at::Tensor& x, const at::Tensor& shift, const at::Tensor& weight, const at::Tensor& bias) {
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  const Rows in(x), out(y);
   const PerGroup c(shift, in.groups, in.dim), w(weight, in.groups, in.dim), b(bias, in.groups, in.dim);
   for_type_of(in.x, [&](auto typed) { forward_rows<decltype(typed)>(in, out, c, w, b); });
-}
-
-at::Tensor norm_mish(const at::Tensor& x, const at::Tensor& shift, const at::Tensor& weight, const at::Tensor& bias) {
-  at::Tensor out = at::empty(x.sizes(), x.options());
-  write_norm_mish(Rows(x), Rows(out), shift, weight, bias);
-  return out;
-}
-
-void norm_mish_(at::Tensor& x, const at::Tensor& shift, const at::Tensor& weight, const at::Tensor& bias) {
-  const Rows rows(x);
-  write_norm_mish(rows, rows, shift, weight, bias);
-  if (!rows.x.is_alias_of(x)) x.copy_(rows.x.view(x.sizes()));
+  return y;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_mish_backward(
@@ -226,7 +219,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_mish_backward(
   for_type_of(in.x, [&](auto typed) { backward_rows<decltype(typed)>(given, in, out, c, w, b, sums); });
   const at::Tensor per_group = sums.sum(2);
   const auto part = [&](int64_t index, const at::Tensor& like) {
-    return like.dim() == 2 ? per_group[index] : per_group[index].sum(0);
+    return like.dim() == 2 ? per_group[index].clone() : per_group[index].sum(0);  // outputs must not share memory
   };
   return {grad_x, part(0, shift), part(1, weight), part(2, bias)};
 }
@@ -235,12 +228,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_mish_backward(
 
 TORCH_LIBRARY(specmpc, m) {
   m.def("norm_mish(Tensor x, Tensor shift, Tensor weight, Tensor bias) -> Tensor");
-  m.def("norm_mish_(Tensor(a!) x, Tensor shift, Tensor weight, Tensor bias) -> ()");
   m.def("norm_mish_backward(Tensor grad, Tensor x, Tensor shift, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(specmpc, CPU, m) {
   m.impl("norm_mish", norm_mish);
-  m.impl("norm_mish_", norm_mish_);
   m.impl("norm_mish_backward", norm_mish_backward);
 }

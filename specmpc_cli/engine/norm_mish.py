@@ -8,7 +8,6 @@ code, the formulas below are computed.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import platform
 import subprocess
@@ -40,18 +39,14 @@ def mish(x: Tensor) -> Tensor:
 
 
 def norm_mish(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-    """mish(LayerNorm(x + shift)), computed in fp32, in the dtype of x. What x held is lost.
+    """mish(LayerNorm(x + shift)), computed in fp32, in the dtype of x.
 
     Args:
         x: [..., D], fp32 or bf16; [G, N, D] if each of G groups has its own vectors.
         shift, weight, bias: [D] or [G, D], fp32; weight and bias are LayerNorm's. The shift is a product's bias, which is cheaper here.
     """
     if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() >= _WORTH_A_CALL and native_built():
-        vectors = (torch.zeros_like(weight) if shift is None else shift.float(), weight, bias)
-        if torch.is_grad_enabled():
-            return torch.ops.specmpc.norm_mish(x, *vectors)
-        torch.ops.specmpc.norm_mish_(x, *vectors)
-        return x
+        return torch.ops.specmpc.norm_mish(x, torch.zeros_like(weight) if shift is None else shift.float(), weight, bias)
     shifted = x.float() if shift is None else x.float() + over_rows(shift)
     if weight.dim() == 1:
         normed = F.layer_norm(shifted, weight.shape, weight, bias)
@@ -68,23 +63,39 @@ def over_rows(vectors: Tensor) -> Tensor:
 @torch.compiler.assume_constant_result
 def native_built() -> bool:
     """Whether our kernel is at hand; builds it at the first call."""
-    return _load()
+    return _load() is None
+
+
+def kernel_problem() -> str | None:
+    """In one line, what kept compiled code from our kernel; None where it has it, or never asked for it."""
+    if not _load.cache_info().currsize or (problem := _load()) is None:
+        return None
+    return f"a kernel of the planner and of training could not be built, so they are somewhat slower: {problem}"
 
 
 @cache
-def _load() -> bool:
+def _load() -> str | None:
+    """Makes torch.ops.specmpc known; why not, if that fails."""
     try:
         library = _build()
-        torch.ops.load_library(library)
+        try:
+            torch.ops.load_library(library)
+        except OSError:  # damaged, or built where other system libraries are
+            library.unlink()
+            torch.ops.load_library(_build())
     except (OSError, subprocess.SubprocessError) as error:
-        shown = getattr(error, "stderr", None) or str(error)
-        logging.getLogger(__name__).warning("LayerNorm and Mish are computed by the compiler's kernels, slower: %s", shown.strip()[:500])
-        return False
+        return _reason(error)
     torch.library.register_fake("specmpc::norm_mish", lambda x, *vectors: _like(x))
-    torch.library.register_fake("specmpc::norm_mish_", lambda x, *vectors: None)
     torch.library.register_fake("specmpc::norm_mish_backward", lambda grad, *inputs: tuple(map(_like, inputs)))
     torch.library.register_autograd("specmpc::norm_mish", _backward, setup_context=_remember)
-    return True
+    return None
+
+
+def _reason(error: Exception) -> str:
+    """The compiler's first complaint, or what the system says."""
+    lines = [line.strip() for line in (getattr(error, "stderr", None) or "").splitlines()]
+    complaint = next((line for line in lines if "error" in line), None)
+    return complaint or str(error.__cause__ or error).strip().splitlines()[0]
 
 
 def _like(x: Tensor) -> Tensor:
@@ -109,8 +120,8 @@ def _build() -> Path:
     if "__AVX512F__" in described:
         flags.append("-mprefer-vector-width=512")
     flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
-    source = _SOURCE.read_text()
-    key = hashlib.sha256("\0".join([source, described, *flags, torch.__version__, platform.machine()]).encode()).hexdigest()[:16]
+    source = _SOURCE.read_text(encoding="utf-8")
+    key = hashlib.sha256("\0".join([source, described, *flags, torch.__version__, *platform.libc_ver()]).encode()).hexdigest()[:16]
     library = use_compile_cache() / f"norm_mish-{key}.so"
     if not library.exists():
         root = Path(torch.__file__).parent
@@ -125,4 +136,4 @@ def _build() -> Path:
 
 
 def _run(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=_BUILD_SECONDS).stdout
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=_BUILD_SECONDS).stdout

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ _PREFIXES = {
 _WHAT_TORCH_RAISES = (
     RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error, NotImplementedError,
 )  # fmt: skip
+NOTHING_KNOWN: Mapping[str, Any] = {}
 _COUNTED_PARTS = ("weight", "bias", "ln.weight", "ln.bias")
 
 
@@ -89,8 +91,12 @@ def load_official(path: Path, *, obs_dim: int, action_dim: int, member: int | No
     return model
 
 
-def read_official(path: Path) -> WorldModel:
+def read_official(path: Path, unstated: Mapping[str, Any] = NOTHING_KNOWN) -> WorldModel:
     """Reads an official `.pt` file as the model of all its tasks.
+
+    Args:
+        unstated: fields of `WorldModelDims` that no tensor tells (simnorm_dim, vmin, vmax, and in the older layout the range of log-stds),
+            where they are not the official defaults.
 
     Raises:
         CheckpointError: the file is missing, damaged, foreign or holds code.
@@ -99,13 +105,11 @@ def read_official(path: Path) -> WorldModel:
     ours = _rename(state)
     if not ours:
         raise CheckpointError(f"{path.name} holds no TD-MPC2 weights: none of its {len(state)} tensors has a known name")
-    dims = replace(infer_dims(ours, path.name), **log_std_range(state, path.name))
+    dims = replace(infer_dims(ours, path.name, unstated), **log_std_range(state, path.name))
     if dims.num_tasks:
         # The older layout may lack the masks; then no dimension is known to be padding.
         ours.setdefault("action_masks", torch.ones(dims.num_tasks, dims.action_dim))
-    model = WorldModel(dims)
-    load_weights(model, ours, path.name)
-    return model
+    return model_of(dims, ours, path.name)
 
 
 def read_tensors(path: Path) -> State:
@@ -150,9 +154,13 @@ def log_std_range(values: Mapping[str, Tensor | str], name: str) -> dict[str, fl
     return {"log_std_min": low, "log_std_max": low + width}
 
 
-def load_weights(model: WorldModel, state: State, name: str) -> None:
-    """Copies tensors into the model. Raises CheckpointError where a name or shape does not fit, or a weight is not finite."""
-    expected = model.state_dict()
+def model_of(dims: WorldModelDims, state: State, name: str) -> WorldModel:
+    """The model of these sizes and weights. Raises CheckpointError where a name or shape does not fit, or a weight is not finite."""
+    try:
+        with torch.device("meta"):  # sizes that one tensor claims are no reason to allocate the others
+            expected = WorldModel(dims).state_dict()
+    except RuntimeError:
+        raise CheckpointError(f"{name} claims sizes that no memory holds; the checkpoint is damaged") from None
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"holds an unexpected {extra[0]}"
@@ -162,11 +170,13 @@ def load_weights(model: WorldModel, state: State, name: str) -> None:
             raise CheckpointError(f"{name}: {key} has shape {tuple(value.shape)}, expected {tuple(expected[key].shape)}")
         if not torch.isfinite(value).all():
             raise CheckpointError(f"{name}: {key} holds values that are not finite; the checkpoint is damaged")
+    model = WorldModel(dims)
     model.load_state_dict(state)
+    return model
 
 
-def infer_dims(state: State, name: str) -> WorldModelDims:
-    """Every size of a model, from its tensors' shapes (our names)."""
+def infer_dims(state: State, name: str, unstated: Mapping[str, Any] = NOTHING_KNOWN) -> WorldModelDims:
+    """Every size of a model, from its tensors' shapes (our names), but for what is `unstated` there."""
     try:
         encoder = _layers(state, "encoder")
         latent_dim, enc_dim = state[f"encoder.{encoder[-1]}.weight"].shape
@@ -183,6 +193,7 @@ def infer_dims(state: State, name: str) -> WorldModelDims:
             num_bins=state["reward_net.2.weight"].shape[0],
             num_tasks=num_tasks,
             task_dim=task_dim,
+            **unstated,
         )
         if min(dims.obs_dim, dims.action_dim, dims.latent_dim) < 1:
             raise ValueError("its layers' inputs, which do not fit each other")

@@ -16,6 +16,7 @@ from specmpc_cli.engine.captured import EAGER_CALLS
 from specmpc_cli.engine.compiled import batch_sizes_for, draws_for, judge_for, kernels_for
 from specmpc_cli.engine.correctors import BaseCorrector, DistilledPolicy
 from specmpc_cli.engine.gate import GateRule
+from specmpc_cli.engine.norm_mish import kernel_problem
 from specmpc_cli.engine.planner import PlannerSettings
 from specmpc_cli.engine.runner import Planner, Refinement, SpeculativeRunner
 from specmpc_cli.engine.world_model import WorldModel
@@ -125,7 +126,7 @@ class Workbench:
         compiled.
 
         Returns:
-            What went wrong, if compiling failed on this machine; acting is eager from then on.
+            What went wrong, if compiling failed on this machine: acting is eager from then on, or lacks a kernel.
 
         Raises:
             ConfigError: the device's memory is too small.
@@ -146,7 +147,7 @@ class Workbench:
             self.runtime = replace(self.runtime, compiled=False)
             self._make_planners()
             return f"the planner could not be compiled and runs eagerly, about half as fast: {reason}"
-        return None
+        return kernel_problem()
 
 
 def compilers_fault(error: Exception, runtime: Runtime) -> str:

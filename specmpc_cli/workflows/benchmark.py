@@ -22,6 +22,7 @@ from specmpc_cli.engine.batched_planner import BatchedPlanner
 from specmpc_cli.engine.compiled import draws_for, judge_for
 from specmpc_cli.engine.correctors import CORRECTORS, CorrectorDims, build_corrector
 from specmpc_cli.engine.gate import GateRule
+from specmpc_cli.engine.norm_mish import kernel_problem
 from specmpc_cli.engine.planner import EAGER
 from specmpc_cli.engine.runner import SpeculativeRunner, judge
 from specmpc_cli.engine.world_model import MODEL_SIZES, WorldModel, WorldModelDims
@@ -94,7 +95,7 @@ def benchmark(
         cases, problem = subject.prepare(what)
         if problem:
             runtime = subject.runtime
-            notes.append(problem)
+            notes = list(dict.fromkeys([*notes, problem]))
         for case in cases:
             row = measure(case, runtime, peaks[case.what], _SECONDS if seconds is None else seconds)
             rows.append(row)
@@ -180,7 +181,7 @@ class Subject:
             self.__dict__.pop("_learner", None)
             problem = f"compiling failed, so our path is timed eagerly: {reason}"
             return self._cases(what), problem
-        return cases, None
+        return cases, kernel_problem()
 
     def _cases(self, what: Sequence[str]) -> list[Case]:
         """In the order of WHAT."""

@@ -61,6 +61,11 @@ def begin_training(
             f"cannot continue the training in {folder.path}: {'; '.join(differences)}; repeat the options it was begun with, "
             "begin anew with --fresh, or keep both with another --name"
         )
+    if saved and saved.counters.decisions >= steps and (changes := facts.acting_changes(saved.facts)):
+        raise ConfigError(
+            f"the training in {folder.path} has {saved.counters.decisions} decisions already, so other settings of acting would change "
+            f"nothing but the teacher's description ({'; '.join(changes)}); ask for more --steps, or leave them out"
+        )
     train = Config.model_validate(facts.config).train
     needed = train.seed_phase(spec.decisions)
     if steps <= needed:

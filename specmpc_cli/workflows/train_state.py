@@ -132,8 +132,8 @@ class ResumeFolder:
         if episodes is None:
             self.state_file.unlink(missing_ok=True)
         delete_replay_shards(self.path / "replay", episodes or 0)
-        for half in self.path.rglob(".*.part"):
-            half.unlink()
+        for half in (*self.path.rglob(".*.part"), *self.path.parent.glob(".*.part")):  # the teacher's files lie beside
+            half.unlink(missing_ok=True)
 
     def saved(self) -> SavedTraining | None:
         """The checkpoint that is there; None if there is none. Raises CheckpointError for one that cannot be read."""

@@ -22,6 +22,7 @@ from specmpc_cli.engine.actors import PolicyActor, RandomActor, ScriptedActor
 from specmpc_cli.engine.batched_planner import BatchedPlanner
 from specmpc_cli.engine.compiled import judge_for
 from specmpc_cli.engine.gate import GateRule
+from specmpc_cli.engine.norm_mish import kernel_problem
 from specmpc_cli.engine.runner import SpeculativeRunner
 from specmpc_cli.engine.world_model import MODEL_SIZES, WorldModel, WorldModelDims
 from specmpc_cli.envs.registry import make_script
@@ -123,7 +124,7 @@ class Trainer:
         """Makes one plan of each kind and computes the losses once, which compiles what will be compiled.
 
         Returns:
-            What went wrong, if compiling failed on this machine; everything is eager from then on.
+            What went wrong, if compiling failed on this machine: everything is eager from then on, or lacks a kernel.
 
         Raises:
             ConfigError: the device's memory is too small.
@@ -139,7 +140,7 @@ class Trainer:
             self._make_planners()
             self.learner.compute_eagerly()
             return f"compiling failed, so training runs eagerly, at half the speed: {reason}"
-        return None
+        return kernel_problem()
 
     # Running
 

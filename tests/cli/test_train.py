@@ -143,6 +143,28 @@ class TestInProcess:
         assert scalars == pytest.approx(expected)
         assert "episode/value_loss" in events.Tags()["scalars"]
 
+    def test_where_tensorboard_cannot_write_the_line_says_how_to_go_on(self, command: Command, teacher: Path, preset: str) -> None:
+        pytest.importorskip("tensorboard", reason="needs the tensorboard extra")
+        assert command("train", "--task", "pointmass", "--preset", preset, "--steps", "120").code == 0
+        (teacher / "tensorboard").write_text("a file")
+        line = command.fails("train", "--task", "pointmass", "--preset", preset, "--steps", "240", "--tensorboard")
+        assert "cannot write TensorBoard files" in line and "specmpc train" in line
+
+    def test_with_nothing_to_do_settings_of_acting_are_refused(self, command: Command, teacher: Path, preset: str) -> None:
+        train = ("train", "--task", "pointmass", "--preset", preset, "--steps", "120")
+        assert command(*train).code == 0
+        kept = {path: path.read_bytes() for path in teacher.rglob("*") if path.is_file()}
+        line = command.fails(*train, "--set", "planner.num_samples=48")
+        assert "planner.num_samples" in line and "--steps" in line
+        assert {path: path.read_bytes() for path in teacher.rglob("*") if path.is_file()} == kept
+
+    def test_half_written_files_of_a_killed_run_are_deleted(self, command: Command, teacher: Path, preset: str) -> None:
+        train = ("train", "--task", "pointmass", "--preset", preset, "--steps")
+        assert command(*train, "120").code == 0
+        (teacher / ".model.safetensors.abc.part").write_bytes(b"half")
+        assert command(*train, "240").code == 0
+        assert not list(teacher.rglob(".*.part"))
+
     def test_without_tensorboard_the_remedy_is_named(
         self, command: Command, teacher: Path, preset: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:

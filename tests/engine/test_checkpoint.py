@@ -215,6 +215,26 @@ def test_tensors_whose_numbers_are_not_in_the_file_are_refused(tmp_path: Path, w
         load_official(tmp_path / "x.pt", obs_dim=4, action_dim=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("_reward.2.weight", (10**7, 0), "shape"),  # not a number in the file, and ten million bins of everything to allocate
+        ("_Qs.params.0.weight", (10**9, 0, 0), "shape"),
+        ("_dynamics.0.weight", (10**18, 0), "no memory holds|cannot read|lacks|shape"),
+    ],
+)
+def test_sizes_that_a_single_tensor_claims_are_not_allocated(tmp_path: Path, name: str, shape: tuple[int, ...], message: str) -> None:
+    torch.save({"model": official_state(make_model()) | {name: torch.zeros(shape)}}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=message):
+        load_official(tmp_path / "x.pt", obs_dim=4, action_dim=2)
+
+
+def test_what_no_tensor_tells_may_be_given(tmp_path: Path) -> None:
+    torch.save({"model": tiny_state(latent_dim=12, simnorm_dim=4, vmax=5.0)}, tmp_path / "x.pt")
+    dims = read_official(tmp_path / "x.pt", {"simnorm_dim": 4, "vmax": 5.0}).dims
+    assert (dims.latent_dim, dims.simnorm_dim, dims.vmin, dims.vmax) == (12, 4, -10.0, 5.0)
+
+
 def test_the_range_of_the_priors_log_std_is_the_files_own(tmp_path: Path) -> None:
     state = official_state(make_model()) | {"log_std_min": torch.tensor(-5), "log_std_dif": torch.tensor(6.5)}
     torch.save({"model": state}, tmp_path / "x.pt")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import subprocess
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -66,11 +67,11 @@ def test_values_and_gradients_are_those_of_the_formula(kernel: Callable[..., Ten
 
 @pytest.mark.compiler
 @pytest.mark.parametrize("name", SHAPES)
-def test_without_gradients_it_writes_in_place(kernel: Callable[..., Tensor], name: str) -> None:
-    given = make(name)
-    expected = exact(*given)
-    with torch.no_grad():
-        torch.testing.assert_close(kernel(*given).double(), expected, rtol=1e-6, atol=3e-6)
+def test_it_keeps_to_the_rules_for_custom_operators(kernel: Callable[..., Tensor], name: str) -> None:
+    x, shift, weight, bias = make(name)
+    leaves = [v.requires_grad_() for v in (x, torch.zeros_like(weight) if shift is None else shift, weight, bias)]
+    torch.library.opcheck(torch.ops.specmpc.norm_mish.default, leaves)
+    torch.library.opcheck(torch.ops.specmpc.norm_mish_backward.default, [torch.randn_like(x), *(v.detach() for v in leaves)])
 
 
 @pytest.mark.compiler
@@ -103,7 +104,7 @@ def test_extremes(kernel: Callable[..., Tensor]) -> None:
     """Far tails of Mish, rows without spread, and values that are not finite: they must not be hidden."""
     x = torch.linspace(-1, 1, 64).repeat(1024, 1)
     x[1], x[2, 5], x[3, 5] = 7.0, torch.nan, torch.inf
-    for scale in (1.0, 30.0, 1e4):
+    for scale in (1.0, 30.0, 1e4, 1e12):
         weight, bias = torch.full((64,), scale), torch.zeros(64)
         out, expected = kernel(x.clone().requires_grad_(), None, weight, bias), exact(x, None, weight, bias)
         torch.testing.assert_close(out[:2].double(), expected[:2], rtol=1e-6, atol=3e-6)
@@ -143,15 +144,53 @@ def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "-mprefer-vector-width=512" in runs[1]
 
 
-@pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
-def test_where_it_cannot_be_built_the_formula_is_computed(
-    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def unbuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and the state before the first call; this process may have the kernel already, so nothing is registered again."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("CXX", compiler)
-    with caplog.at_level(logging.WARNING):
-        assert module._load.__wrapped__() is False
-    assert "slower" in caplog.text and not list(tmp_path.iterdir())
+    monkeypatch.setattr(module, "_load", cache(module._load.__wrapped__))
+    monkeypatch.setattr(torch.library, "register_fake", lambda *_: None)
+    monkeypatch.setattr(torch.library, "register_autograd", lambda *_, **__: None)
+    return tmp_path
+
+
+@pytest.mark.parametrize("fault", ["no compiler", "no headers", "no C++20"])
+def test_where_it_cannot_be_built_the_formula_is_computed_and_the_reason_told(
+    fault: str, unbuilt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*command: str) -> str:
+        if "-o" in command:
+            stderr = "In file included from a.h,\n                 from b.h:\nb.h:1: fatal error: c.h: No such file or directory"
+            raise subprocess.CalledProcessError(1, command, stderr=stderr)
+        return ""
+
+    if fault == "no headers":
+        monkeypatch.setattr(module, "_run", run)
+    else:
+        monkeypatch.setenv("CXX", "no-such-compiler" if fault == "no compiler" else "false")
+    assert module.kernel_problem() is None, "nobody asked for it yet"
+    assert module.native_built() is False
+    reason = {"no compiler": "No such file", "no headers": "b.h:1: fatal error: c.h: No such file or directory", "no C++20": "false"}
+    problem = module.kernel_problem()
+    assert problem is not None and "slower" in problem and reason[fault] in problem and "\n" not in problem
+    assert not list(unbuilt.iterdir())
+
+
+def test_a_damaged_library_is_built_anew(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Path] = []
+
+    def build() -> Path:
+        built.append(unbuilt / "norm_mish.so")
+        built[-1].write_bytes(b"damaged" if len(built) == 1 else b"whole")
+        return built[-1]
+
+    def load(path: Path) -> None:
+        if path.read_bytes() != b"whole":
+            raise OSError(f"{path}: file too short")
+
+    monkeypatch.setattr(module, "_build", build)
+    monkeypatch.setattr(torch.ops, "load_library", load)
+    assert module.native_built() and module.kernel_problem() is None and len(built) == 2
 
 
 @pytest.mark.compiler
