@@ -99,7 +99,8 @@ struct PerGroup {
 
   PerGroup(const at::Tensor& given, int64_t groups, int64_t dim) : values(given.contiguous()), step(given.dim() == 2 ? dim : 0) {
     TORCH_CHECK(values.scalar_type() == at::kFloat, "norm_mish: shift, weight and bias must be fp32");
-    TORCH_CHECK(given.dim() <= 2 && values.size(-1) == dim && (step == 0 || values.size(0) == groups), "norm_mish: vectors of another shape");
+    const bool fits = given.dim() <= 2 && values.size(-1) == dim && (step == 0 || values.size(0) == groups);
+    TORCH_CHECK(fits, "norm_mish: vectors of another shape");
   }
   const float* of(int64_t group) const { return values.const_data_ptr<float>() + group * step; }
 };
