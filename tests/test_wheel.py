@@ -54,8 +54,9 @@ def test_the_embedded_teacher_and_correctors_act(installed: Path) -> None:
     assert run(installed, "-c", code).strip() == "[('two-tower', 'embedded'), ('temporal', 'embedded')] []"
 
 
-def test_the_kernels_source_is_installed(installed: Path) -> None:
-    assert (installed / "specmpc_cli" / "engine" / "norm_mish.cpp").exists()
+def test_the_kernels_sources_are_installed(installed: Path) -> None:
+    sources = {path.name for path in (installed / "specmpc_cli" / "engine" / "native").iterdir()}
+    assert {"ops.cpp", "fused_layer.h", "norm_mish.h", "products.h", "rows.h"} <= sources
 
 
 def test_the_command_is_installed(installed: Path) -> None:

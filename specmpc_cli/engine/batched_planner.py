@@ -45,6 +45,7 @@ class BatchedPlanner:
         self._rollout_model = model
         self._compute_model = model.compute_copy(dtype)
         self._kernels = kernels
+        self._to_pack = kernels.packed  # before the first plan: packing may have to build the kernels first
         self._batch_sizes = sorted(batch_sizes)
         self._explore, self._draws = explore, draws
         self._calls = self._captured_calls()
@@ -90,6 +91,9 @@ class BatchedPlanner:
 
     def _plan(self, z: Tensor, warm_start: Tensor, streams: Tensor, steps: Tensor) -> tuple[Tensor, ...]:
         """The fields of a plan of as many rows as one call takes, draws included."""
+        if self._to_pack:
+            self._compute_model.pack()
+            self._to_pack = False
         made = plan(
             self._compute_model,
             z,

@@ -44,7 +44,7 @@ def compiled(fn: _Function) -> _Function:
 @cache
 def compiled_kernels() -> Kernels:
     """The compiled kernels; compilation itself happens at their first call with a new shape."""
-    return Kernels(compiled(prior_actions), compiled(iterate))
+    return Kernels(compiled(prior_actions), compiled(iterate), packed=True)
 
 
 @cache

@@ -2,7 +2,7 @@
 
 Weights may be stored in bf16: each layer casts its input to the weight's dtype for the matrix product and does everything else
 (LayerNorm, activation) in fp32, so one code path serves exact fp32 and fast bf16. They may also be padded with zeros to sizes that a GPU's
-bf16 products like (`Affine.pad`); what they compute stays the same.
+bf16 products like (`Affine.pad`), or packed for a CPU, where a layer is then one call (`Affine.pack`); what they compute stays the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,6 +33,31 @@ class Affine(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter
     out_dim: int
+    packed: Tensor | None  # the weights again, as engine/native reads them: [size], or [E, size] of E heads
+
+    def __init__(self, out_dim: int, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.out_dim = out_dim
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.register_buffer("packed", None, persistent=False)
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def pack(self) -> None:
+        """Packs the weights, or packs them again after they changed. Needs `native.multiplies`; a packed layer keeps no gradients."""
+        packed = torch.ops.specmpc.pack_weights(self.weight.detach())
+        if self.packed is None:
+            self.packed = packed
+        else:
+            self.packed.copy_(packed)
+
+    def fused(self, x: Tensor, packed: Tensor, shift: Tensor, norm: tuple[Tensor, Tensor] | None, activation: Activation = mish) -> Tensor:
+        """The layer in one call: rows [..., N, in] of two or three axes, or their last features → [..., N, out].
+
+        `shift` [out] or [G, out] is added to the product, `norm` has LayerNorm's weight and bias, if there are to be norm and activation.
+        """
+        assert activation is mish or isinstance(activation, SimNorm), "the kernel knows no other"
+        group = activation.dim if isinstance(activation, SimNorm) else 0
+        return torch.ops.specmpc.fused_layer(x, packed, self.weight.shape[-1], shift.float(), *(norm or (None, None)), group)
 
     def pad(self, multiple: int) -> None:
         """Adds zeros until out and in are multiples of this."""
@@ -58,13 +83,11 @@ class Linear(Affine):
     """Affine map whose product runs in the weight's dtype and whose result is fp32."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.out_dim = out_dim
-        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
-        self.bias = nn.Parameter(torch.zeros(out_dim))
-        nn.init.trunc_normal_(self.weight, std=0.02)
+        super().__init__(out_dim, torch.empty(out_dim, in_dim), torch.zeros(out_dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return self.fused(x, self.packed, self.bias, None)
         return self.without_padding(F.linear(self.as_input(x), self.weight, self.bias)).float()
 
 
@@ -81,24 +104,23 @@ class NormedLinear(Linear):
 
         `shared` [..., 1, S] holds leading input features that all N rows have in common; their part of the product is computed once.
         """
-        if shared is None:
-            y, shift = F.linear(self.as_input(x), self.weight), self.bias
-        else:
-            y, shift = self._product_of_parts(x, shared.squeeze(-2))
-        y, shift = self.without_padding(y), self.without_padding(shift)
+        width = 0 if shared is None else shared.shape[-1]
+        shift = self.bias if shared is None else F.linear(shared.squeeze(-2).to(self.weight.dtype), self._columns(0, width), self.bias)
+        if self.packed is not None:
+            return self.fused(x, self.packed, shift, (self.ln.weight, self.ln.bias), self.activation)
+        own = self._columns(width, self.weight.shape[1])
+        y, shift = self.without_padding(F.linear(widened(x.to(own.dtype), own.shape[1]), own)), self.without_padding(shift)
         if self.activation is mish:
             return norm_mish(y, shift, self.ln.weight, self.ln.bias)
         return self.activation(self.ln(y.float() + over_rows(shift).float()))
 
-    def _product_of_parts(self, x: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
-        """The products of each row's own features [..., N, out] and of those that they share [..., out], which has the bias."""
-        dtype, width = self.weight.dtype, shared.shape[-1]
-        of_shared, of_own = self.weight[:, :width], self.weight[:, width:]
-        if dtype is torch.bfloat16 and x.device.type == "cpu":
-            # oneDNN's bf16 products take no row stride: they would copy such weights transposed, at five times the cost.
-            of_shared, of_own = of_shared.contiguous(), of_own.contiguous()
-        own = F.linear(widened(x.to(dtype), of_own.shape[-1]), of_own)
-        return own, F.linear(shared.to(dtype), of_shared, self.bias)
+    def _columns(self, first: int, last: int) -> Tensor:
+        """The weights of some inputs."""
+        if last - first == self.weight.shape[1]:
+            return self.weight
+        columns = self.weight[:, first:last]
+        # oneDNN's bf16 products take no row stride: they would copy such weights transposed, at five times the cost.
+        return columns.contiguous() if columns.dtype is torch.bfloat16 and columns.device.type == "cpu" else columns
 
 
 def mlp(in_dim: int, hidden: Sequence[int], out_dim: int, last: Activation | None = None) -> nn.Sequential:
@@ -113,11 +135,7 @@ class LinearEnsemble(Affine):
     """`num_heads` affine maps with stacked weights [E, out, in], followed by LayerNorm and Mish if `normed`."""
 
     def __init__(self, num_heads: int, in_dim: int, out_dim: int, normed: bool) -> None:
-        super().__init__()
-        self.out_dim = out_dim
-        self.weight = nn.Parameter(torch.empty(num_heads, out_dim, in_dim))
-        self.bias = nn.Parameter(torch.zeros(num_heads, out_dim))
-        nn.init.trunc_normal_(self.weight, std=0.02)
+        super().__init__(out_dim, torch.empty(num_heads, out_dim, in_dim), torch.zeros(num_heads, out_dim))
         self.ln = StackedNormMish(num_heads, out_dim) if normed else None
 
     def forward(self, x: Tensor, head: int | Tensor | None, mask: Tensor | None = None) -> Tensor:
@@ -126,6 +144,8 @@ class LinearEnsemble(Affine):
         `head` None: through all heads, [E, N, in] → [E, N, out]; inputs that the heads share may come as [1, N, in].
         `mask` [B, N, out] multiplies the product (dropout).
         """
+        if self.packed is not None:
+            return self._fused(x, head)
         y = self.without_padding(self._product(self.as_input(x), head))
         bias = self.without_padding(self.bias if head is None else self.bias[head])  # [E, out], [out] or [B, out]
         if self.ln is None:
@@ -133,6 +153,13 @@ class LinearEnsemble(Affine):
         if mask is None:
             return self.ln(y, bias, head)
         return self.ln((y + over_rows(bias)) * mask, None, head)
+
+    def _fused(self, x: Tensor, head: int | Tensor | None) -> Tensor:
+        """As `forward`, in one call."""
+        heads = slice(None) if head is None else head
+        assert self.packed is not None
+        norm = (self.ln.weight[heads], self.ln.bias[heads]) if self.ln else None
+        return self.fused(x, self.packed[heads], self.bias[heads], norm)
 
     def _product(self, x: Tensor, head: int | Tensor | None) -> Tensor:
         """Without the bias."""

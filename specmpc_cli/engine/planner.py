@@ -60,10 +60,14 @@ class Search(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """The two functions that take nearly all of a plan's time; engine/compiled.py provides compiled ones."""
+    """The two functions that take nearly all of a plan's time; engine/compiled.py provides compiled ones.
+
+    `packed`: on a CPU they are to be given a model that is (`WorldModel.pack`).
+    """
 
     prior_actions: Callable[[WorldModel, Tensor, Tensor], Tensor]
     iterate: Callable[..., Search]
+    packed: bool = False
 
 
 def plan(

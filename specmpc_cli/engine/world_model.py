@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from specmpc_cli.engine import native
 from specmpc_cli.engine.layers import Affine, Linear, LinearEnsemble, SimNorm, mlp
 from specmpc_cli.engine.twohot import two_hot_inv
 
@@ -243,19 +244,28 @@ class WorldModel(nn.Module):
         return single
 
     def compute_copy(self, dtype: torch.dtype) -> WorldModel:
-        """A frozen copy whose matrix products run in `dtype`; LayerNorm parameters stay fp32.
+        """A frozen copy whose matrix products run in `dtype`; LayerNorm parameters stay fp32. `take_weights` renews its weights.
 
-        For bf16 on a GPU weights are padded to multiples of eight, which its matrix units need at full speed; `take_weights` renews them.
+        For bf16 on a GPU weights are padded to multiples of eight, which its matrix units need at full speed.
         """
         twin = copy.deepcopy(self).requires_grad_(False).eval()
         on_gpu = next(self.parameters()).is_cuda
-        for module in twin.modules():
-            if isinstance(module, Affine):
-                module.weight.data = module.weight.data.to(dtype)
-                module.bias.data = module.bias.data.to(dtype)
+        for layer in twin.modules():
+            if isinstance(layer, Affine):
+                layer.weight.data = layer.weight.data.to(dtype)
+                layer.bias.data = layer.bias.data.to(dtype)
                 if on_gpu and dtype is torch.bfloat16:
-                    module.pad(8)
+                    layer.pad(8)
         return twin
+
+    @torch.inference_mode(False)
+    def pack(self) -> None:
+        """From now on what plans is computed by kernels of our own, without gradients; nothing changes where there are none for its device
+        and dtype.
+        """
+        for layer in self._planning_layers():
+            if layer.packed is None and layer.weight.device.type == "cpu" and native.multiplies(layer.weight.dtype):
+                layer.pack()
 
     @torch.no_grad()
     def take_weights(self, source: WorldModel) -> None:
@@ -263,6 +273,13 @@ class WorldModel(nn.Module):
         given: list[Tensor] = list(source.parameters())
         inner = [mine[tuple(map(slice, theirs.shape))] for mine, theirs in zip(self.parameters(), given, strict=True)]
         torch._foreach_copy_(inner, given)
+        for layer in self._planning_layers():
+            if layer.packed is not None:
+                layer.pack()
+
+    def _planning_layers(self) -> list[Affine]:
+        nets = (self.dynamics, self.reward_net, self.termination_net, self.pi_net, self.q)
+        return [layer for net in nets if net is not None for layer in net.modules() if isinstance(layer, Affine)]
 
 
 def _on_pairs(net: nn.Sequential, z: Tensor, a: Tensor) -> Tensor:

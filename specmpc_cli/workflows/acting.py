@@ -10,13 +10,13 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from specmpc_cli.config.schema import Config, PlannerConfig
+from specmpc_cli.engine import native
 from specmpc_cli.engine.actors import DistilledActor, PolicyActor
 from specmpc_cli.engine.batched_planner import BatchedPlanner
 from specmpc_cli.engine.captured import EAGER_CALLS
 from specmpc_cli.engine.compiled import batch_sizes_for, draws_for, judge_for, kernels_for
 from specmpc_cli.engine.correctors import BaseCorrector, DistilledPolicy
 from specmpc_cli.engine.gate import GateRule
-from specmpc_cli.engine.norm_mish import kernel_problem
 from specmpc_cli.engine.planner import PlannerSettings
 from specmpc_cli.engine.runner import Planner, Refinement, SpeculativeRunner
 from specmpc_cli.engine.world_model import WorldModel
@@ -147,7 +147,7 @@ class Workbench:
             self.runtime = replace(self.runtime, compiled=False)
             self._make_planners()
             return f"the planner could not be compiled and runs eagerly, about half as fast: {reason}"
-        return kernel_problem()
+        return native.problem()
 
 
 def compilers_fault(error: Exception, runtime: Runtime) -> str:

@@ -18,11 +18,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from specmpc_cli.config.schema import CorrectorConfig, PlannerConfig, TrainConfig
+from specmpc_cli.engine import native
 from specmpc_cli.engine.batched_planner import BatchedPlanner
 from specmpc_cli.engine.compiled import draws_for, judge_for
 from specmpc_cli.engine.correctors import CORRECTORS, CorrectorDims, build_corrector
 from specmpc_cli.engine.gate import GateRule
-from specmpc_cli.engine.norm_mish import kernel_problem
 from specmpc_cli.engine.planner import EAGER
 from specmpc_cli.engine.runner import SpeculativeRunner, judge
 from specmpc_cli.engine.world_model import MODEL_SIZES, WorldModel, WorldModelDims
@@ -181,7 +181,7 @@ class Subject:
             self.__dict__.pop("_learner", None)
             problem = f"compiling failed, so our path is timed eagerly: {reason}"
             return self._cases(what), problem
-        return cases, kernel_problem()
+        return cases, native.problem()
 
     def _cases(self, what: Sequence[str]) -> list[Case]:
         """In the order of WHAT."""

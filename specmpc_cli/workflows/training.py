@@ -18,11 +18,11 @@ import torch
 
 from specmpc_cli.config.schema import Config
 from specmpc_cli.data.replay import Replay, ReplayEpisode
+from specmpc_cli.engine import native
 from specmpc_cli.engine.actors import PolicyActor, RandomActor, ScriptedActor
 from specmpc_cli.engine.batched_planner import BatchedPlanner
 from specmpc_cli.engine.compiled import judge_for
 from specmpc_cli.engine.gate import GateRule
-from specmpc_cli.engine.norm_mish import kernel_problem
 from specmpc_cli.engine.runner import SpeculativeRunner
 from specmpc_cli.engine.world_model import MODEL_SIZES, WorldModel, WorldModelDims
 from specmpc_cli.envs.registry import make_script
@@ -140,7 +140,7 @@ class Trainer:
             self._make_planners()
             self.learner.compute_eagerly()
             return f"compiling failed, so training runs eagerly, at half the speed: {reason}"
-        return kernel_problem()
+        return native.problem()
 
     # Running
 

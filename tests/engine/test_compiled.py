@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from specmpc_cli import runtime
-from specmpc_cli.engine import norm_mish
+from specmpc_cli.engine import native, norm_mish
 from specmpc_cli.engine.batched_planner import BatchedPlanner
 from specmpc_cli.engine.captured import EAGER_CALLS
 from specmpc_cli.engine.compiled import (
@@ -37,10 +37,11 @@ SMALL = PlannerSettings(discount=0.99, iterations=2, num_samples=32, num_elites=
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("num_q", [2, 5])
-def test_compiled_and_eager_plans_agree(num_q: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With two heads by our own kernel, which such small plans would leave to the compiler."""
-    if num_q == 2:
+@pytest.mark.parametrize(("num_q", "fused"), [(2, False), (5, True)])
+def test_compiled_and_eager_plans_agree(num_q: int, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With layers in one call, and as where there are none for the dtype; there by the kernel for what lies between two products."""
+    if not fused:
+        monkeypatch.setattr(native, "multiplies", lambda dtype: False)
         monkeypatch.setattr(norm_mish, "_WORTH_A_CALL", 1)
     model = make_model(num_q=num_q)
     with torch.inference_mode():

@@ -1,20 +1,17 @@
-"""The kernel for LayerNorm and Mish computes what the formula does, and where it cannot be built nothing else changes."""
+"""The kernel for LayerNorm and Mish computes what the formula does."""
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specmpc_cli.engine import norm_mish as module
+from specmpc_cli.engine import native
 from specmpc_cli.engine.compiled import compiled
-from specmpc_cli.engine.norm_mish import native_built, norm_mish
+from specmpc_cli.engine.norm_mish import norm_mish
 
 SHAPES = {  # x; shift, weight, bias: of all rows or of each group
     "rows": ((1024, 48), (48,), (48,)),
@@ -42,7 +39,7 @@ def exact(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor) -> Tens
 
 @pytest.fixture(scope="module")
 def kernel() -> Callable[..., Tensor]:
-    assert native_built()
+    assert native.built()
     return compiled(norm_mish)
 
 
@@ -127,73 +124,6 @@ def test_gradients_do_not_depend_on_the_number_of_threads(kernel: Callable[..., 
 
 
 @pytest.mark.compiler
-def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    runs: list[tuple[str, ...]] = []
-
-    def run(*command: str) -> str:
-        runs.append(command)
-        if "-o" in command:
-            Path(command[command.index("-o") + 1]).write_bytes(b"library")
-        return "#define __AVX512F__ 1"
-
-    monkeypatch.setattr(module, "_run", run)
-    first, second = module._build(), module._build()
-    assert first == second and first.read_bytes() == b"library" and [*tmp_path.iterdir()] == [first]
-    assert sum("-o" in command for command in runs) == 1
-    assert "-mprefer-vector-width=512" in runs[1]
-
-
-@pytest.fixture
-def unbuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and the state before the first call; this process may have the kernel already, so nothing is registered again."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(module, "_load", cache(module._load.__wrapped__))
-    monkeypatch.setattr(torch.library, "register_fake", lambda *_: None)
-    monkeypatch.setattr(torch.library, "register_autograd", lambda *_, **__: None)
-    return tmp_path
-
-
-@pytest.mark.parametrize("fault", ["no compiler", "no headers", "no C++20"])
-def test_where_it_cannot_be_built_the_formula_is_computed_and_the_reason_told(
-    fault: str, unbuilt: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run(*command: str) -> str:
-        if "-o" in command:
-            stderr = "In file included from a.h,\n                 from b.h:\nb.h:1: fatal error: c.h: No such file or directory"
-            raise subprocess.CalledProcessError(1, command, stderr=stderr)
-        return ""
-
-    if fault == "no headers":
-        monkeypatch.setattr(module, "_run", run)
-    else:
-        monkeypatch.setenv("CXX", "no-such-compiler" if fault == "no compiler" else "false")
-    assert module.kernel_problem() is None, "nobody asked for it yet"
-    assert module.native_built() is False
-    reason = {"no compiler": "No such file", "no headers": "b.h:1: fatal error: c.h: No such file or directory", "no C++20": "false"}
-    problem = module.kernel_problem()
-    assert problem is not None and "slower" in problem and reason[fault] in problem and "\n" not in problem
-    assert not list(unbuilt.iterdir())
-
-
-def test_a_damaged_library_is_built_anew(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built: list[Path] = []
-
-    def build() -> Path:
-        built.append(unbuilt / "norm_mish.so")
-        built[-1].write_bytes(b"damaged" if len(built) == 1 else b"whole")
-        return built[-1]
-
-    def load(path: Path) -> None:
-        if path.read_bytes() != b"whole":
-            raise OSError(f"{path}: file too short")
-
-    monkeypatch.setattr(module, "_build", build)
-    monkeypatch.setattr(torch.ops, "load_library", load)
-    assert module.native_built() and module.kernel_problem() is None and len(built) == 2
-
-
-@pytest.mark.compiler
 def test_compiled_code_calls_it_where_there_is_enough_to_do(kernel: Callable[..., Tensor]) -> None:
     for rows, used in ((1024, True), (16, False)):
         with torch.profiler.profile() as profile:
@@ -203,6 +133,6 @@ def test_compiled_code_calls_it_where_there_is_enough_to_do(kernel: Callable[...
 
 
 def test_eager_code_never_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_load", lambda: pytest.fail("eager code asked for the kernel"))
+    monkeypatch.setattr(native, "_load", lambda: pytest.fail("eager code asked for the kernel"))
     given = make("rows")
     torch.testing.assert_close(norm_mish(*given).double(), exact(*given), rtol=1e-6, atol=3e-6)

@@ -10,7 +10,6 @@ import torch
 
 from specmpc_cli.api import Controller
 from specmpc_cli.config.schema import PlannerConfig, RefineConfig
-from specmpc_cli.engine import norm_mish
 from specmpc_cli.engine.compiled import EAGER
 from specmpc_cli.engine.planner import Kernels
 from specmpc_cli.envs.registry import lookup
@@ -61,9 +60,8 @@ def test_when_compiling_fails_planning_goes_on_eagerly_and_says_so(monkeypatch: 
 
 
 @pytest.mark.compiler
-def test_after_the_warm_up_no_step_of_anyone_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_the_warm_up_no_step_of_anyone_compiles() -> None:
     """Observations made outside inference mode are another kind of tensor to the compiler, and so is what comes of them."""
-    monkeypatch.setattr(norm_mish, "_WORTH_A_CALL", 1)  # our kernel is in the graphs, as it is in those of full size
     workbench = bench(Runtime(torch.device("cpu"), torch.float32, compiled=True, threads=1))
     way = Way(Mode.CORRECTED, 3, corrector())
     assert workbench.warm_up([way], rows=2) is None

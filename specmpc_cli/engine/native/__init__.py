@@ -1,0 +1,120 @@
+"""Kernels of our own for a CPU, in C++: what lies between two products and its gradient (norm_mish.h), and a layer without gradients in one
+call (fused_layer.h).
+
+They are built at their first use, in half a minute, for the machine that they run on, and kept beside the compiler's own cache. Where that
+cannot be done, the formulas that they stand for are computed instead (norm_mish.py, layers.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specmpc_cli.runtime import use_compile_cache
+
+_SOURCES = Path(__file__).parent
+_BUILD_SECONDS = 300
+
+
+@torch.compiler.assume_constant_result
+def built() -> bool:
+    """Whether our kernels are at hand; builds them at the first call."""
+    return _load() is None
+
+
+def problem() -> str | None:
+    """In one line, what kept compiled code from our kernels; None where it has them, or never asked for them."""
+    if not _load.cache_info().currsize or (reason := _load()) is None:
+        return None
+    return f"the kernels of the planner and of training could not be built, so they are somewhat slower: {reason}"
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether our products of this dtype are fast: in fp32 wherever they are built, in bf16 with AMX."""
+    return built() and (dtype is torch.float32 or dtype is torch.bfloat16 and torch.ops.specmpc.multiplies_bf16())
+
+
+@cache
+def _load() -> str | None:
+    """Makes torch.ops.specmpc known; why not, if that fails."""
+    try:
+        library = _build()
+        try:
+            torch.ops.load_library(library)
+        except OSError:  # damaged, or built where other system libraries are
+            library.unlink()
+            torch.ops.load_library(_build())
+    except (OSError, subprocess.SubprocessError) as error:
+        return _reason(error)
+    torch.library.register_fake("specmpc::norm_mish", lambda x, *vectors: _like(x))
+    torch.library.register_fake("specmpc::norm_mish_backward", lambda grad, *inputs: tuple(map(_like, inputs)))
+    torch.library.register_autograd("specmpc::norm_mish", _backward, setup_context=_remember)
+    torch.library.register_fake("specmpc::fused_layer", _fused_layer_like)
+    return None
+
+
+def _reason(error: Exception) -> str:
+    """The compiler's first complaint, or what the system says."""
+    lines = [line.strip() for line in (getattr(error, "stderr", None) or "").splitlines()]
+    complaint = next((line for line in lines if "error" in line), None)
+    return complaint or str(error.__cause__ or error).strip().splitlines()[0]
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    return torch.ops.specmpc.norm_mish_backward(grad, *ctx.saved_tensors)
+
+
+def _fused_layer_like(
+    x: Tensor, packed: Tensor, in_dim: int, shift: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, group: int
+) -> Tensor:
+    rows = x.shape[-2:-1] if x.dim() == 2 and packed.dim() == 1 else (max(x.shape[:-2].numel(), packed.shape[:-1].numel()), x.shape[-2])
+    after_mish = norm_weight is not None and group == 0
+    return x.new_empty(*rows, shift.shape[-1], dtype=packed.dtype if after_mish else torch.float32)
+
+
+def _build() -> Path:
+    """The library's path. Raises OSError or SubprocessError where no compiler makes it."""
+    if sys.platform != "linux":
+        raise OSError("the kernels are built on Linux only")
+    compiler = os.environ.get("CXX", "g++")
+    described = _run(compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull)  # the compiler's version, and what the CPU has
+    flags = ["-std=c++20", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fopenmp"]
+    if "__AVX512F__" in described:
+        flags.append("-mprefer-vector-width=512")
+    flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
+    sources = [path.read_text(encoding="utf-8") for path in sorted([*_SOURCES.glob("*.h"), *_SOURCES.glob("*.cpp")])]
+    key = hashlib.sha256("\0".join([*sources, described, *flags, torch.__version__, *platform.libc_ver()]).encode()).hexdigest()[:16]
+    library = use_compile_cache() / f"specmpc-{key}.so"
+    if not library.exists():
+        root = Path(torch.__file__).parent
+        include, lib = root / "include", root / "lib"
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder, library.name)
+            paths = [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", f"-L{lib}"]
+            hidden = ["-fPIC", "-shared", "-fvisibility=hidden"]
+            _run(compiler, *flags, *hidden, *paths, str(_SOURCES / "ops.cpp"), "-o", str(made), "-ltorch_cpu", "-lc10")
+            made.replace(library)  # whole or not at all, whoever else builds it
+    return library
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=_BUILD_SECONDS).stdout

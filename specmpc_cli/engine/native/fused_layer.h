@@ -1,0 +1,174 @@
+// A layer in one call: the product with the weights, a shift, and LayerNorm with an activation or neither.
+//
+// A thread takes a few dozen rows at a time through all of it, so that sums never leave a near cache: beside the product, what a layer
+// computes costs little more than its arithmetic. Without gradients: what a backward pass would need is not kept.
+
+#pragma once
+
+#include "products.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <numeric>
+#include <optional>
+#include <vector>
+
+namespace specmpc {
+
+constexpr size_t kAlignment = 16;  // floats of a cache line
+
+// What follows a layer's product. `group`: 0 for Mish, else SimNorm's, a softmax over so many neighbouring features.
+struct After {
+  PerGroup shift;
+  std::optional<PerGroup> weight, bias;  // LayerNorm's; without them there is neither norm nor activation
+  int64_t group, dim;
+
+  template <typename T>
+  void write(float* sums, int64_t index, T* y) const {
+    const float* c = shift.of(index);
+    if (!weight) {
+#pragma omp simd
+      for (int64_t j = 0; j < dim; ++j) y[j] = from_float<T>(sums[j] + c[j]);
+      return;
+    }
+    const float *w = weight->of(index), *b = bias->of(index);
+    const Moments found = moments(sums, c, dim);
+    const float mean = found.mean, inverse_std = found.inverse_std;
+    if (group == 0) {
+#pragma omp simd
+      for (int64_t j = 0; j < dim; ++j) y[j] = from_float<T>(mish((sums[j] + c[j] - mean) * inverse_std * w[j] + b[j]));
+      return;
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < dim; ++j) sums[j] = (sums[j] + c[j] - mean) * inverse_std * w[j] + b[j];
+    if (group == 8) {
+      softmax<8>(sums, y, group);  // TD-MPC2's: known to the compiler, a group is one or two vectors
+    } else {
+      softmax<0>(sums, y, group);
+    }
+  }
+
+  // Over each group of neighbouring features.
+  template <int64_t known, typename T>
+  void softmax(float* x, T* y, int64_t given) const {
+    const int64_t size = known ? known : given;
+    const auto in_group = [size](const float* values, auto combine) {  // pairwise, which a processor does side by side
+      if constexpr (known == 8) {
+        const float* v = values;
+        return combine(combine(combine(v[0], v[4]), combine(v[2], v[6])), combine(combine(v[1], v[5]), combine(v[3], v[7])));
+      } else {
+        return std::accumulate(values + 1, values + size, values[0], combine);
+      }
+    };
+    for (int64_t first = 0; first < dim; first += size) {
+      const float most = in_group(x + first, [](float a, float b) { return a > b ? a : b; });
+      for (int64_t j = 0; j < size; ++j) x[first + j] -= most;
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < dim; ++j) x[j] = exp_for_mish(x[j]);
+    for (int64_t first = 0; first < dim; first += size) {
+      const float inverse = 1.0f / in_group(x + first, [](float a, float b) { return a + b; });
+      for (int64_t j = 0; j < size; ++j) y[first + j] = from_float<T>(x[first + j] * inverse);
+    }
+  }
+};
+
+// Weights [out, in] or [G, out, in] → packed, [size] or [G, size].
+template <typename Product>
+at::Tensor pack_for(const Rows& weight, bool grouped) {
+  using Weight = typename Product::Weight;
+  const Product product(weight.dim, weight.count);
+  const int64_t size = product.packed_size(), panels = product.panels();
+  const at::Tensor packed = at::empty({weight.groups, size}, weight.x.options());
+  at::parallel_for(0, weight.groups * panels, std::max<int64_t>(1, kGrain / weight.dim), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / panels;
+      product.pack(weight.row<Weight>(group * weight.count), weight.x.stride(1), i % panels, packed.data_ptr<Weight>() + group * size);
+    }
+  });
+  return grouped ? packed : packed[0];
+}
+
+inline at::Tensor pack_weights(const at::Tensor& weight) {
+  TORCH_CHECK(weight.dim() == 2 || weight.dim() == 3, "pack_weights: weights have two axes, or three with groups");
+  const Rows rows(weight);
+  const bool grouped = weight.dim() == 3;
+  if (weight.scalar_type() == at::kBFloat16) return pack_for<Bf16Product>(rows, grouped);
+  TORCH_CHECK(weight.scalar_type() == at::kFloat, "pack_weights: weights must be fp32 or bf16");
+  return pack_for<Fp32Product>(rows, grouped);
+}
+
+// x [G, N, in - skipped], packed [G, size] → y [G, N, out]; either may have one group for all.
+template <typename Product, typename Input, typename Output>
+void layer_rows(const Rows& x, int64_t in_dim, const at::Tensor& packed, const After& after, const Rows& y) {
+  using Weight = typename Product::Weight;
+  const Product product(in_dim, y.dim);
+  TORCH_CHECK(packed.size(-1) == product.packed_size(), "fused_layer: weights packed for other sizes");
+  const int64_t packed_groups = packed.numel() / packed.size(-1), step = packed_groups == 1 ? 0 : packed.size(-1);
+  TORCH_CHECK(packed_groups == 1 || packed_groups == y.groups, "fused_layer: weights for other groups");
+  const Weight* weights = packed.const_data_ptr<Weight>();
+  const int64_t tiles = (y.count + Product::kRows - 1) / Product::kRows;
+  at::parallel_for(0, y.groups * tiles, std::max<int64_t>(1, kGrain / y.dim / Product::kRows), [&](int64_t begin, int64_t end) {
+    static thread_local std::vector<float> held;
+    held.resize(Product::kBlockRows * product.padded_outputs() + kAlignment);
+    float* sums = held.data() + (-reinterpret_cast<intptr_t>(held.data()) & (kAlignment * sizeof(float) - 1)) / sizeof(float);
+    while (begin < end) {
+      const int64_t group = begin / tiles, first = begin % tiles * Product::kRows;
+      const int64_t some = std::min({Product::kBlockRows / Product::kRows, end - begin, tiles - begin % tiles});
+      const int64_t count = std::min(some * Product::kRows, y.count - first);
+      const int64_t from = (x.groups == 1 ? 0 : group * x.count) + first;
+      product.multiply([&](int64_t r) { return x.row<Input>(from + r); }, count, in_dim - x.dim, weights + group * step, sums);
+      for (int64_t r = 0; r < count; ++r) {
+        after.write(sums + r * product.padded_outputs(), group, y.row<Output>(group * y.count + first + r));
+      }
+      begin += some;
+    }
+  });
+}
+
+// x [N, in] or [G, N, in], fp32 or bf16; packed weights [size] or [G, size], made from [out, in_dim]; shift and LayerNorm's vectors [out] or
+// [G, out]. → [N, out] or [G, N, out]. The product is computed in the weights' dtype, what follows in fp32; after Mish the result is of
+// that dtype, else fp32. Where x has fewer features than in_dim, they are the last ones; the shift has what the others contribute.
+inline at::Tensor fused_layer(
+    const at::Tensor& x,
+    const at::Tensor& packed,
+    int64_t in_dim,
+    const at::Tensor& shift,
+    const std::optional<at::Tensor>& norm_weight,
+    const std::optional<at::Tensor>& norm_bias,
+    int64_t group) {
+  TORCH_CHECK(x.dim() == 2 || x.dim() == 3, "fused_layer: rows have two axes, or three with groups");
+  TORCH_CHECK(packed.dim() <= 2 && packed.is_contiguous(), "fused_layer: weights are not packed");
+  TORCH_CHECK(norm_weight.has_value() == norm_bias.has_value(), "fused_layer: a norm has a weight and a bias");
+  const Rows in(x);
+  const int64_t groups = std::max(in.groups, packed.dim() == 2 ? packed.size(0) : 1), out = shift.size(-1);
+  TORCH_CHECK(in.groups == 1 || in.groups == groups, "fused_layer: weights for ", groups, " groups, rows of ", in.groups);
+  TORCH_CHECK(in.dim <= in_dim, "fused_layer: rows of ", in.dim, " features, weights for ", in_dim);
+  TORCH_CHECK(group >= 0 && (group == 0 || out % group == 0), "fused_layer: ", out, " features are not groups of ", group);
+  const bool half = packed.scalar_type() == at::kBFloat16, mish_follows = norm_weight.has_value() && group == 0;
+  std::vector<int64_t> shape{in.count, out};
+  if (x.dim() == 3 || packed.dim() == 2) shape.insert(shape.begin(), groups);
+  at::Tensor y = at::empty(shape, x.options().dtype(half && mish_follows ? at::kBFloat16 : at::kFloat));
+  After after{PerGroup(shift, groups, out), std::nullopt, std::nullopt, group, out};
+  if (norm_weight) {
+    after.weight.emplace(*norm_weight, groups, out);
+    after.bias.emplace(*norm_bias, groups, out);
+  }
+  const Rows to(y);
+  if (!half) {
+    TORCH_CHECK(x.scalar_type() == at::kFloat && packed.scalar_type() == at::kFloat, "fused_layer: rows and weights must be fp32 or bf16");
+    layer_rows<Fp32Product, float, float>(in, in_dim, packed, after, to);
+    return y;
+  }
+  for_type_of(in.x, [&](auto typed) {
+    if (mish_follows) {
+      layer_rows<Bf16Product, decltype(typed), at::BFloat16>(in, in_dim, packed, after, to);
+    } else {
+      layer_rows<Bf16Product, decltype(typed), float>(in, in_dim, packed, after, to);
+    }
+  });
+  return y;
+}
+
+}  // namespace specmpc

@@ -1,0 +1,21 @@
+// The operators that compiled code calls on a CPU (engine/native/__init__.py builds and loads them).
+
+#include "fused_layer.h"
+#include "norm_mish.h"
+
+#include <torch/library.h>
+
+TORCH_LIBRARY(specmpc, m) {
+  m.def("norm_mish(Tensor x, Tensor shift, Tensor weight, Tensor bias) -> Tensor");
+  m.def("norm_mish_backward(Tensor grad, Tensor x, Tensor shift, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("pack_weights(Tensor weight) -> Tensor");
+  m.def("fused_layer(Tensor x, Tensor packed, int in_dim, Tensor shift, Tensor? norm_weight, Tensor? norm_bias, int group) -> Tensor");
+  m.def("multiplies_bf16() -> bool", specmpc::Bf16Product::fast);
+}
+
+TORCH_LIBRARY_IMPL(specmpc, CPU, m) {
+  m.impl("norm_mish", specmpc::norm_mish);
+  m.impl("norm_mish_backward", specmpc::norm_mish_backward);
+  m.impl("pack_weights", specmpc::pack_weights);
+  m.impl("fused_layer", specmpc::fused_layer);
+}

@@ -1,0 +1,273 @@
+// Products of rows with a weight's rows, x·Wᵀ, a few dozen rows at a time, so that what follows finds them in a near cache.
+//
+// Two ways with one interface: fp32 in vector registers, and bf16 in AMX's tiles, whose sums are fp32 as well. Each packs weights into
+// panels of neighbouring outputs, in the order in which they are read. Rows may lack leading inputs, whose part of the product is known
+// already. A row's sums do not depend on the rows beside it, on the number of threads or on the batch.
+
+#pragma once
+
+#include "rows.h"
+
+#include <cstring>
+#include <vector>
+
+#ifdef __AMX_BF16__
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace specmpc {
+
+inline int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
+
+// fp32. A tile of kRows × kOutputs sums stays in registers while the inputs pass.
+class Fp32Product {
+ public:
+  using Weight = float;
+
+#if defined(__AVX512F__)
+  static constexpr int64_t kLanes = 16, kRows = 12;
+#elif defined(__AVX__)
+  static constexpr int64_t kLanes = 8, kRows = 6;
+#else
+  static constexpr int64_t kLanes = 4, kRows = 6;
+#endif
+  static constexpr int64_t kVectors = 2, kOutputs = kLanes * kVectors;
+  static constexpr int64_t kBlockRows = 48;  // with their inputs and sums they fill a part of the second cache
+
+  explicit Fp32Product(int64_t in, int64_t out) : in_(in), out_(out) {}
+
+  int64_t padded_outputs() const { return round_up(out_, kLanes); }
+  int64_t panels() const { return (out_ + kOutputs - 1) / kOutputs; }
+  int64_t packed_size() const { return padded_outputs() * in_; }
+
+  // weight: rows of in_ inputs, `step` apart. Within a panel, an input's weights for all outputs lie side by side.
+  void pack(const float* weight, int64_t step, int64_t panel, float* packed) const {
+    const int64_t first = panel * kOutputs, width = panel_width(panel), real = std::min(width, out_ - first);
+    float* to = packed + first * in_;
+    for (int64_t j = 0; j < real; ++j) {
+      const float* from = weight + (first + j) * step;
+      for (int64_t k = 0; k < in_; ++k) to[k * width + j] = from[k];
+    }
+    for (int64_t j = real; j < width; ++j) {
+      for (int64_t k = 0; k < in_; ++k) to[k * width + j] = 0.0f;
+    }
+  }
+
+  // Rows x(0) to x(count - 1) of all inputs but the first `skipped` → sums [count, padded_outputs()].
+  template <typename RowAt>
+  void multiply(RowAt x, int64_t count, int64_t skipped, const float* packed, float* sums) const {
+    const float* rows[kBlockRows];
+    for (int64_t r = 0; r < count; ++r) rows[r] = x(r) - skipped;
+    for (int64_t from = skipped; from < in_; from += kDepth) {  // so many inputs that a panel of their weights stays in the first cache
+      const int64_t depth = std::min(kDepth, in_ - from);
+      for (int64_t panel = 0; panel < panels(); ++panel) {
+        const int64_t first = panel * kOutputs, width = panel_width(panel);
+        const float* weights = packed + first * in_ + from * width;
+        for (int64_t r = 0; r < count; r += kRows) {
+          float* to = sums + r * padded_outputs() + first;
+          const int64_t some = std::min(kRows, count - r);
+          if (width == kOutputs) {
+            tile_of<kVectors>(some, rows + r, from, depth, weights, to, from > skipped);
+          } else {
+            tile_of<1>(some, rows + r, from, depth, weights, to, from > skipped);
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kDepth = 512;
+  typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
+
+  int64_t in_, out_;
+
+  int64_t panel_width(int64_t panel) const { return std::min(kOutputs, padded_outputs() - panel * kOutputs); }
+
+  template <int V, int R = kRows>
+  void tile_of(int64_t rows, const float* const* x, int64_t from, int64_t depth, const float* weights, float* sums, bool add) const {
+    if constexpr (R > 1) {
+      if (rows < R) return tile_of<V, R - 1>(rows, x, from, depth, weights, sums, add);
+    }
+    tile<V, R>(x, from, depth, weights, sums, add);
+  }
+
+  template <int V, int R>
+  void tile(const float* const* x, int64_t from, int64_t depth, const float* weights, float* sums, bool add) const {
+    Vector sum[R][V] = {};
+    const float* row[R];
+    for (int r = 0; r < R; ++r) row[r] = x[r] + from;
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < depth; ++k) {
+      Vector weight[V];
+      for (int v = 0; v < V; ++v) weight[v] = *reinterpret_cast<const Vector*>(weights + (k * V + v) * kLanes);
+      for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < V; ++v) sum[r][v] += row[r][k] * weight[v];
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < V; ++v) {
+        Vector* to = reinterpret_cast<Vector*>(sums + r * padded_outputs() + v * kLanes);
+        *to = add ? *to + sum[r][v] : sum[r][v];
+      }
+    }
+  }
+};
+
+// bf16 with sums in fp32, as AMX computes: tiles of 16 rows × 32 inputs, of which 2 × 2 are held at a time.
+class Bf16Product {
+ public:
+  using Weight = at::BFloat16;
+
+  static constexpr int64_t kRows = 32, kOutputs = 32, kInputs = 32;
+  static constexpr int64_t kBlockRows = 64;
+
+  explicit Bf16Product(int64_t in, int64_t out) : in_(in), out_(out), padded_in_(round_up(in, kInputs)) {}
+
+  int64_t padded_outputs() const { return round_up(out_, kOutputs); }
+  int64_t panels() const { return padded_outputs() / kOutputs; }
+  int64_t packed_size() const { return padded_outputs() * padded_in_; }
+
+  // A panel is a row of pairs of tiles; in a tile the two inputs of a pair lie side by side, and the 16 outputs of a pair.
+  void pack(const at::BFloat16* weight, int64_t step, int64_t panel, at::BFloat16* packed) const {
+    at::BFloat16* to = packed + panel * kOutputs * padded_in_;
+    std::vector<at::BFloat16> row(padded_in_, at::BFloat16(0.0f));
+    for (int64_t j = 0; j < kOutputs; ++j) {
+      const int64_t output = panel * kOutputs + j;
+      if (output < out_) {
+        std::copy_n(weight + output * step, in_, row.begin());
+      } else {
+        std::fill(row.begin(), row.end(), at::BFloat16(0.0f));
+      }
+      for (int64_t pair = 0; pair < padded_in_ / 2; ++pair) {
+        std::memcpy(to + pair / 16 * 2 * kTile + j / 16 * kTile + pair % 16 * 32 + j % 16 * 2, &row[2 * pair], 2 * sizeof(at::BFloat16));
+      }
+    }
+  }
+
+  // Rows x(0) to x(count - 1), fp32 or bf16, of all inputs but the first `skipped` → sums [count, padded_outputs()], behind which there
+  // is room up to a multiple of kRows.
+  template <typename RowAt>
+  void multiply(RowAt x, int64_t count, int64_t skipped, const at::BFloat16* packed, float* sums) const {
+    const int64_t first = skipped / kInputs, width = padded_in_ - first * kInputs;
+    static thread_local std::vector<at::BFloat16> held;  // the rows in bf16, with zeros before and behind
+    held.resize(kBlockRows * width);
+    for (int64_t r = 0; r < count; ++r) {
+      at::BFloat16* to = held.data() + r * width;
+      at::BFloat16* behind = copy(x(r), in_ - skipped, std::fill_n(to, skipped % kInputs, at::BFloat16(0.0f)));
+      std::fill(behind, to + width, at::BFloat16(0.0f));
+    }
+    const Session session;
+    for (int64_t panel = 0; panel < panels(); ++panel) {
+      const at::BFloat16* weights = packed + panel * kOutputs * padded_in_ + first * kInputs * kOutputs;
+      for (int64_t r = 0; r < count; r += kRows) {
+        tiles(held.data() + r * width, width, weights, width / kInputs, sums + r * padded_outputs() + panel * kOutputs, padded_outputs());
+      }
+    }
+  }
+
+  // Whether this machine multiplies so; asks the system for the tiles, and tries them.
+  static bool fast() {
+    static const bool found = [] {
+#ifdef __AMX_BF16__
+      constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl's ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+      return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 && tiles_are_right();
+#else
+      return false;
+#endif
+    }();
+    return found;
+  }
+
+ private:
+  static constexpr int64_t kTile = 16 * 32;  // elements
+
+  int64_t in_, out_, padded_in_;
+
+  static at::BFloat16* copy(const at::BFloat16* from, int64_t count, at::BFloat16* to) { return std::copy_n(from, count, to); }
+  static at::BFloat16* copy(const float* from, int64_t count, at::BFloat16* to) {
+#pragma omp simd
+    for (int64_t k = 0; k < count; ++k) to[k] = from_float<at::BFloat16>(from[k]);
+    return to + count;
+  }
+
+  // x: 32 rows, `step` apart; sums = their products with one panel, `sums_step` apart.
+  static void plain_tiles(const at::BFloat16* x, int64_t step, const at::BFloat16* panel, int64_t depth, float* sums, int64_t sums_step) {
+    for (int64_t r = 0; r < kRows; ++r) {
+      float total[kOutputs] = {};
+      for (int64_t k = 0; k < depth * kInputs; ++k) {
+        const at::BFloat16* weights = panel + k / kInputs * kOutputs * kInputs + k % kInputs / 2 * 32 + k % 2;
+        const float value = to_float(x[r * step + k]);
+        for (int64_t j = 0; j < kOutputs; ++j) total[j] += value * to_float(weights[j / 16 * kTile + j % 16 * 2]);
+      }
+      std::copy(total, total + kOutputs, sums + r * sums_step);
+    }
+  }
+
+#ifdef __AMX_BF16__
+  // While it lives, this thread's tiles are eight of 16 rows × 64 bytes.
+  struct Session {
+    Session() {
+      struct alignas(64) {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+      } config;
+      _tile_loadconfig(&config);
+    }
+    ~Session() { _tile_release(); }
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+  };
+
+  static void tiles(const at::BFloat16* x, int64_t step, const at::BFloat16* panel, int64_t depth, float* sums, int64_t sums_step) {
+    if (!fast()) return plain_tiles(x, step, panel, depth, sums, sums_step);
+    hardware_tiles(x, step, panel, depth, sums, sums_step);
+  }
+
+  static void hardware_tiles(const at::BFloat16* x, int64_t step, const at::BFloat16* panel, int64_t depth, float* sums, int64_t sums_step) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t s = 0; s < depth; ++s) {
+      _tile_loadd(4, x + s * kInputs, step * 2);
+      _tile_loadd(5, x + 16 * step + s * kInputs, step * 2);
+      _tile_loadd(6, panel + 2 * s * kTile, 64);
+      _tile_loadd(7, panel + (2 * s + 1) * kTile, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums, sums_step * 4);
+    _tile_stored(1, sums + 16, sums_step * 4);
+    _tile_stored(2, sums + 16 * sums_step, sums_step * 4);
+    _tile_stored(3, sums + 16 * sums_step + 16, sums_step * 4);
+  }
+
+  static bool tiles_are_right() {
+    constexpr int64_t kDepth = 2;
+    std::vector<at::BFloat16> x(kRows * kDepth * kInputs), panel(kDepth * kInputs * kOutputs);
+    for (size_t i = 0; i < x.size(); ++i) x[i] = from_float<at::BFloat16>(static_cast<float>(i * 37 % 23) - 11.0f);
+    for (size_t i = 0; i < panel.size(); ++i) panel[i] = from_float<at::BFloat16>(static_cast<float>(i * 29 % 19) - 9.0f);
+    std::vector<float> ours(kRows * kOutputs), plain(kRows * kOutputs);  // small integers: every sum is exact
+    const Session session;
+    hardware_tiles(x.data(), kDepth * kInputs, panel.data(), kDepth, ours.data(), kOutputs);
+    plain_tiles(x.data(), kDepth * kInputs, panel.data(), kDepth, plain.data(), kOutputs);
+    return ours == plain;
+  }
+#else
+  struct Session {
+    Session() {}
+  };
+
+  static void tiles(const at::BFloat16* x, int64_t step, const at::BFloat16* panel, int64_t depth, float* sums, int64_t sums_step) {
+    plain_tiles(x, step, panel, depth, sums, sums_step);
+  }
+#endif
+};
+
+}  // namespace specmpc

@@ -1,0 +1,134 @@
+// What the kernels have in common: rows and vectors in memory, and the arithmetic of a row.
+//
+// Everything is computed in fp32, whatever the rows are stored in. Plain loops: the compiler vectorises them for the machine it runs on.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+// A call that the compiler does not inline ends the vectorising of the loop around it.
+#define SPECMPC_INLINED __attribute__((always_inline)) inline
+
+namespace specmpc {
+
+constexpr float kEps = 1e-5f;
+constexpr int64_t kGrain = 8192;  // elements that are worth a thread
+
+inline float to_float(float x) { return x; }
+inline float to_float(at::BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.x) << 16); }
+
+template <typename T>
+inline T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+inline at::BFloat16 from_float<at::BFloat16>(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  return at::BFloat16(static_cast<uint16_t>(x != x ? 0x7fc0u : rounded), at::BFloat16::from_bits());
+}
+
+// exp(x), to about 1e-6: 2^k · 2^r with |r| <= 1/2, the latter by its Taylor polynomial. From about x = 21 on it stays near 2^30, where
+// Mish is the identity in fp32. The exponent is clamped and not x: with a clamped x the compiler follows three cases, which takes twice
+// as long.
+SPECMPC_INLINED float exp_for_mish(float x) {
+  const float t = x * 1.44269504f;
+  const float k = std::rint(t);
+  const float r = t - k;
+  float p = 1.5403530e-4f;
+  p = p * r + 1.3333558e-3f;
+  p = p * r + 9.6181291e-3f;
+  p = p * r + 5.5504109e-2f;
+  p = p * r + 2.4022651e-1f;
+  p = p * r + 6.9314718e-1f;
+  p = p * r + 1.0f;
+  const int32_t exponent = std::max(static_cast<int32_t>(std::min(k, 30.0f)), -127) + 127;
+  return p * std::bit_cast<float>(exponent << 23);
+}
+
+// layers.mish: x · n/(n+2) with n = eˣ(eˣ+2).
+SPECMPC_INLINED float mish(float x) {
+  const float e = exp_for_mish(x);
+  const float n = e * (e + 2.0f);
+  return x * (n / (n + 2.0f));
+}
+
+SPECMPC_INLINED float mish_slope(float x) {
+  const float e = exp_for_mish(x);
+  const float n = e * (e + 2.0f);
+  const float inverse = 1.0f / (n + 2.0f);
+  return (n + 4.0f * x * e * (e + 1.0f) * inverse) * inverse;
+}
+
+struct Moments {
+  float mean, inverse_std;
+};
+
+template <typename T>
+inline Moments moments(const T* x, const float* shift, int64_t dim) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum) simdlen(32)
+  for (int64_t j = 0; j < dim; ++j) {
+    sum += to_float(x[j]) + shift[j];
+  }
+  const float mean = sum / dim;
+  float squares = 0.0f;
+#pragma omp simd reduction(+ : squares) simdlen(32)
+  for (int64_t j = 0; j < dim; ++j) {
+    const float centred = to_float(x[j]) + shift[j] - mean;
+    squares += centred * centred;
+  }
+  return {mean, 1.0f / std::sqrt(squares / dim + kEps)};
+}
+
+// One vector [D] for all groups, or one for each, [G, D].
+struct PerGroup {
+  at::Tensor values;
+  int64_t step;
+
+  PerGroup(const at::Tensor& given, int64_t groups, int64_t dim) : values(given.contiguous()), step(given.dim() == 2 ? dim : 0) {
+    TORCH_CHECK(values.scalar_type() == at::kFloat, "specmpc: shift, weight and bias must be fp32");
+    const bool fits = given.dim() <= 2 && values.size(-1) == dim && (step == 0 || values.size(0) == groups);
+    TORCH_CHECK(fits, "specmpc: vectors of another shape");
+  }
+  const float* of(int64_t group) const { return values.const_data_ptr<float>() + group * step; }
+};
+
+// Rows [G, N, D]: of any strides but the last one's.
+struct Rows {
+  at::Tensor x;
+  int64_t groups, count, dim;
+
+  explicit Rows(const at::Tensor& given) : dim(given.size(-1)) {
+    x = given.dim() == 3 ? given : given.reshape({1, -1, dim});
+    if (x.stride(2) != 1) x = x.contiguous();
+    groups = x.size(0);
+    count = x.size(1);
+  }
+  int64_t group_of(int64_t row) const { return row / count; }
+
+  template <typename T>
+  T* row(int64_t index) const {
+    return x.data_ptr<T>() + (index / count) * x.stride(0) + (index % count) * x.stride(1);
+  }
+};
+
+// Calls with a value of the rows' type.
+template <typename Function>
+void for_type_of(const at::Tensor& x, Function call) {
+  if (x.scalar_type() == at::kBFloat16) {
+    call(at::BFloat16());
+  } else {
+    TORCH_CHECK(x.scalar_type() == at::kFloat, "specmpc: rows must be fp32 or bf16");
+    call(float());
+  }
+}
+
+}  // namespace specmpc
