@@ -104,7 +104,7 @@ def test_extremes(kernel: Callable[..., Tensor]) -> None:
     for scale in (1.0, 30.0, 1e4, 1e12):
         weight, bias = torch.full((64,), scale), torch.zeros(64)
         out, expected = kernel(x.clone().requires_grad_(), None, weight, bias), exact(x, None, weight, bias)
-        torch.testing.assert_close(out[:2].double(), expected[:2], rtol=1e-6, atol=3e-6)
+        torch.testing.assert_close(out[:2].double(), expected[:2], rtol=3e-6, atol=3e-6)  # features near the mean lose digits
         assert out[2:4].isnan().all() and out[4:].isfinite().all()
 
 

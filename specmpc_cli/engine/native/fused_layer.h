@@ -24,15 +24,16 @@ struct After {
   std::optional<PerGroup> weight, bias;  // LayerNorm's; without them there is neither norm nor activation
   int64_t group, dim;
 
+  // A row of sums, which it may overwrite, of one group → y.
   template <typename T>
-  void write(float* sums, int64_t index, T* y) const {
-    const float* c = shift.of(index);
+  void write(float* sums, int64_t in_group, T* y) const {
+    const float* c = shift.of(in_group);
     if (!weight) {
 #pragma omp simd
       for (int64_t j = 0; j < dim; ++j) y[j] = from_float<T>(sums[j] + c[j]);
       return;
     }
-    const float *w = weight->of(index), *b = bias->of(index);
+    const float *w = weight->of(in_group), *b = bias->of(in_group);
     const Moments found = moments(sums, c, dim);
     const float mean = found.mean, inverse_std = found.inverse_std;
     if (group == 0) {
@@ -84,7 +85,7 @@ at::Tensor pack_for(const Rows& weight, bool grouped) {
   at::parallel_for(0, weight.groups * panels, std::max<int64_t>(1, kGrain / weight.dim), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t group = i / panels;
-      product.pack(weight.row<Weight>(group * weight.count), weight.x.stride(1), i % panels, packed.data_ptr<Weight>() + group * size);
+      product.pack(weight.of<Weight>(group), weight.step, i % panels, packed.data_ptr<Weight>() + group * size);
     }
   });
   return grouped ? packed : packed[0];
@@ -113,17 +114,18 @@ void layer_rows(const Rows& x, int64_t in_dim, const at::Tensor& packed, const A
     static thread_local std::vector<float> held;
     held.resize(Product::kBlockRows * product.padded_outputs() + kAlignment);
     float* sums = held.data() + (-reinterpret_cast<intptr_t>(held.data()) & (kAlignment * sizeof(float) - 1)) / sizeof(float);
-    while (begin < end) {
-      const int64_t group = begin / tiles, first = begin % tiles * Product::kRows;
-      const int64_t some = std::min({Product::kBlockRows / Product::kRows, end - begin, tiles - begin % tiles});
-      const int64_t count = std::min(some * Product::kRows, y.count - first);
-      const int64_t from = (x.groups == 1 ? 0 : group * x.count) + first;
-      product.multiply([&](int64_t r) { return x.row<Input>(from + r); }, count, in_dim - x.dim, weights + group * step, sums);
-      for (int64_t r = 0; r < count; ++r) {
-        after.write(sums + r * product.padded_outputs(), group, y.row<Output>(group * y.count + first + r));
+    for_runs(begin, end, tiles, [&](int64_t group, int64_t first_tile, int64_t some) {
+      const int64_t first = first_tile * Product::kRows, behind = std::min(first + some * Product::kRows, y.count);
+      const Input* from = x.of<Input>(x.groups == 1 ? 0 : group, first);
+      Output* to = y.of<Output>(group, first);
+      for (int64_t row = first; row < behind; row += Product::kBlockRows) {
+        const int64_t count = std::min(Product::kBlockRows, behind - row);
+        product.multiply(from, x.step, count, in_dim - x.dim, weights + group * step, sums);
+        for (int64_t r = 0; r < count; ++r) after.write(sums + r * product.padded_outputs(), group, to + r * y.step);
+        from += count * x.step;
+        to += count * y.step;
       }
-      begin += some;
-    }
+    });
   });
 }
 

@@ -22,18 +22,19 @@ template <typename T>
 void forward_rows(const Rows& in, const Rows& out, const PerGroup& shift, const PerGroup& weight, const PerGroup& bias) {
   const int64_t dim = in.dim;
   at::parallel_for(0, in.groups * in.count, std::max<int64_t>(1, kGrain / dim), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const T* x = in.row<T>(i);
-      T* y = out.row<T>(i);
-      const int64_t group = in.group_of(i);
+    for_runs(begin, end, in.count, [&](int64_t group, int64_t first, int64_t some) {
       const float *c = shift.of(group), *w = weight.of(group), *b = bias.of(group);
-      const Moments found = moments(x, c, dim);
-      const float mean = found.mean, inverse_std = found.inverse_std;  // clang takes no structured bindings into simd loops
+      const T* x = in.of<T>(group, first);
+      T* y = out.of<T>(group, first);
+      for (int64_t n = 0; n < some; ++n, x += in.step, y += out.step) {
+        const Moments found = moments(x, c, dim);
+        const float mean = found.mean, inverse_std = found.inverse_std;  // clang takes no structured bindings into simd loops
 #pragma omp simd
-      for (int64_t j = 0; j < dim; ++j) {
-        y[j] = from_float<T>(mish((to_float(x[j]) + c[j] - mean) * inverse_std * w[j] + b[j]));
+        for (int64_t j = 0; j < dim; ++j) {
+          y[j] = from_float<T>(mish((to_float(x[j]) + c[j] - mean) * inverse_std * w[j] + b[j]));
+        }
       }
-    }
+    });
   });
 }
 
@@ -56,10 +57,9 @@ void backward_rows(
       const float *c = shift.of(group), *w = weight.of(group), *b = bias.of(group);
       float* gc = sums.mutable_data_ptr<float>() + chunk * dim;
       float *gw = gc + sums.stride(0), *gb = gw + sums.stride(0);
-      for (int64_t n = first; n < std::min(first + size, in.count); ++n) {
-        const int64_t i = group * in.count + n;
-        const T *x = in.row<T>(i), *gy = grad.row<T>(i);
-        T* gx = out.row<T>(i);
+      const T *x = in.of<T>(group, first), *gy = grad.of<T>(group, first);
+      T* gx = out.of<T>(group, first);
+      for (int64_t n = first; n < std::min(first + size, in.count); ++n, x += in.step, gy += grad.step, gx += out.step) {
         const Moments found = moments(x, c, dim);
         const float mean = found.mean, inverse_std = found.inverse_std;
         float along_one = 0.0f, along_normed = 0.0f;

@@ -55,11 +55,8 @@ class Fp32Product {
     }
   }
 
-  // Rows x(0) to x(count - 1) of all inputs but the first `skipped` → sums [count, padded_outputs()].
-  template <typename RowAt>
-  void multiply(RowAt x, int64_t count, int64_t skipped, const float* packed, float* sums) const {
-    const float* rows[kBlockRows];
-    for (int64_t r = 0; r < count; ++r) rows[r] = x(r) - skipped;
+  // `count` rows, `step` apart, of all inputs but the first `skipped` → sums [count, padded_outputs()].
+  void multiply(const float* x, int64_t step, int64_t count, int64_t skipped, const float* packed, float* sums) const {
     for (int64_t from = skipped; from < in_; from += kDepth) {  // so many inputs that a panel of their weights stays in the first cache
       const int64_t depth = std::min(kDepth, in_ - from);
       for (int64_t panel = 0; panel < panels(); ++panel) {
@@ -69,9 +66,9 @@ class Fp32Product {
           float* to = sums + r * padded_outputs() + first;
           const int64_t some = std::min(kRows, count - r);
           if (width == kOutputs) {
-            tile_of<kVectors>(some, rows + r, from, depth, weights, to, from > skipped);
+            tile_of<kVectors>(some, x + r * step + from - skipped, step, depth, weights, to, from > skipped);
           } else {
-            tile_of<1>(some, rows + r, from, depth, weights, to, from > skipped);
+            tile_of<1>(some, x + r * step + from - skipped, step, depth, weights, to, from > skipped);
           }
         }
       }
@@ -87,24 +84,22 @@ class Fp32Product {
   int64_t panel_width(int64_t panel) const { return std::min(kOutputs, padded_outputs() - panel * kOutputs); }
 
   template <int V, int R = kRows>
-  void tile_of(int64_t rows, const float* const* x, int64_t from, int64_t depth, const float* weights, float* sums, bool add) const {
+  void tile_of(int64_t rows, const float* x, int64_t step, int64_t depth, const float* weights, float* sums, bool add) const {
     if constexpr (R > 1) {
-      if (rows < R) return tile_of<V, R - 1>(rows, x, from, depth, weights, sums, add);
+      if (rows < R) return tile_of<V, R - 1>(rows, x, step, depth, weights, sums, add);
     }
-    tile<V, R>(x, from, depth, weights, sums, add);
+    tile<V, R>(x, step, depth, weights, sums, add);
   }
 
   template <int V, int R>
-  void tile(const float* const* x, int64_t from, int64_t depth, const float* weights, float* sums, bool add) const {
+  void tile(const float* x, int64_t step, int64_t depth, const float* weights, float* sums, bool add) const {
     Vector sum[R][V] = {};
-    const float* row[R];
-    for (int r = 0; r < R; ++r) row[r] = x[r] + from;
 #pragma GCC unroll 2
     for (int64_t k = 0; k < depth; ++k) {
       Vector weight[V];
       for (int v = 0; v < V; ++v) weight[v] = *reinterpret_cast<const Vector*>(weights + (k * V + v) * kLanes);
       for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < V; ++v) sum[r][v] += row[r][k] * weight[v];
+        for (int v = 0; v < V; ++v) sum[r][v] += x[r * step + k] * weight[v];
       }
     }
     for (int r = 0; r < R; ++r) {
@@ -147,16 +142,16 @@ class Bf16Product {
     }
   }
 
-  // Rows x(0) to x(count - 1), fp32 or bf16, of all inputs but the first `skipped` → sums [count, padded_outputs()], behind which there
-  // is room up to a multiple of kRows.
-  template <typename RowAt>
-  void multiply(RowAt x, int64_t count, int64_t skipped, const at::BFloat16* packed, float* sums) const {
+  // `count` rows, `step` apart, fp32 or bf16, of all inputs but the first `skipped` → sums [count, padded_outputs()], behind which there is
+  // room up to a multiple of kRows.
+  template <typename Input>
+  void multiply(const Input* x, int64_t step, int64_t count, int64_t skipped, const at::BFloat16* packed, float* sums) const {
     const int64_t first = skipped / kInputs, width = padded_in_ - first * kInputs;
     static thread_local std::vector<at::BFloat16> held;  // the rows in bf16, with zeros before and behind
     held.resize(kBlockRows * width);
     for (int64_t r = 0; r < count; ++r) {
       at::BFloat16* to = held.data() + r * width;
-      at::BFloat16* behind = copy(x(r), in_ - skipped, std::fill_n(to, skipped % kInputs, at::BFloat16(0.0f)));
+      at::BFloat16* behind = copy(x + r * step, in_ - skipped, std::fill_n(to, skipped % kInputs, at::BFloat16(0.0f)));
       std::fill(behind, to + width, at::BFloat16(0.0f));
     }
     const Session session;

@@ -71,54 +71,71 @@ struct Moments {
   float mean, inverse_std;
 };
 
+// In one pass over the row: squares are of distances to the mean of its first features, which is at most √(dim / kFirst) standard
+// deviations from the mean of all, so that no more digits cancel than that.
 template <typename T>
 inline Moments moments(const T* x, const float* shift, int64_t dim) {
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum) simdlen(32)
+  constexpr int64_t kFirst = 64;
+  const int64_t some = std::min(dim, kFirst);
+  float near = 0.0f, sum = 0.0f, squares = 0.0f;
+#pragma omp simd reduction(+ : near) simdlen(32)
+  for (int64_t j = 0; j < some; ++j) near += to_float(x[j]) + shift[j];
+  near /= some;
+#pragma omp simd reduction(+ : sum, squares) simdlen(32)
   for (int64_t j = 0; j < dim; ++j) {
-    sum += to_float(x[j]) + shift[j];
+    const float distance = to_float(x[j]) + shift[j] - near;
+    sum += distance;
+    squares += distance * distance;
   }
-  const float mean = sum / dim;
-  float squares = 0.0f;
-#pragma omp simd reduction(+ : squares) simdlen(32)
-  for (int64_t j = 0; j < dim; ++j) {
-    const float centred = to_float(x[j]) + shift[j] - mean;
-    squares += centred * centred;
-  }
-  return {mean, 1.0f / std::sqrt(squares / dim + kEps)};
+  const float rest = sum / dim, variance = std::max(squares / dim - rest * rest, 0.0f);
+  return {near + rest, 1.0f / std::sqrt(variance + kEps)};
 }
 
 // One vector [D] for all groups, or one for each, [G, D].
-struct PerGroup {
-  at::Tensor values;
-  int64_t step;
-
+class PerGroup {
+ public:
   PerGroup(const at::Tensor& given, int64_t groups, int64_t dim) : values(given.contiguous()), step(given.dim() == 2 ? dim : 0) {
     TORCH_CHECK(values.scalar_type() == at::kFloat, "specmpc: shift, weight and bias must be fp32");
     const bool fits = given.dim() <= 2 && values.size(-1) == dim && (step == 0 || values.size(0) == groups);
     TORCH_CHECK(fits, "specmpc: vectors of another shape");
+    data = values.const_data_ptr<float>();
   }
-  const float* of(int64_t group) const { return values.const_data_ptr<float>() + group * step; }
+  const float* of(int64_t group) const { return data + group * step; }
+
+ private:
+  at::Tensor values;
+  int64_t step;
+  const float* data = nullptr;
 };
 
 // Rows [G, N, D]: of any strides but the last one's.
 struct Rows {
   at::Tensor x;
-  int64_t groups, count, dim;
+  int64_t groups, count, dim, step;  // from one row of a group to the next
 
   explicit Rows(const at::Tensor& given) : dim(given.size(-1)) {
     x = given.dim() == 3 ? given : given.reshape({1, -1, dim});
     if (x.stride(2) != 1) x = x.contiguous();
     groups = x.size(0);
     count = x.size(1);
+    step = x.stride(1);
   }
-  int64_t group_of(int64_t row) const { return row / count; }
 
   template <typename T>
-  T* row(int64_t index) const {
-    return x.data_ptr<T>() + (index / count) * x.stride(0) + (index % count) * x.stride(1);
+  T* of(int64_t group, int64_t first = 0) const {
+    return x.data_ptr<T>() + group * x.stride(0) + first * step;
   }
 };
+
+// Units begin to end, of `count` in each group, as runs within a group: calls with the group, its first unit and how many.
+template <typename Function>
+void for_runs(int64_t begin, int64_t end, int64_t count, Function call) {
+  while (begin < end) {
+    const int64_t first = begin % count, some = std::min(end - begin, count - first);
+    call(begin / count, first, some);
+    begin += some;
+  }
+}
 
 // Calls with a value of the rows' type.
 template <typename Function>
