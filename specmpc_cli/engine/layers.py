@@ -44,20 +44,23 @@ class Affine(nn.Module):
 
     def pack(self) -> None:
         """Packs the weights, or packs them again after they changed. Needs `native.multiplies`; a packed layer keeps no gradients."""
+        assert self.weight.shape[-2] == self.out_dim, "padded weights are a GPU's"
         packed = torch.ops.specmpc.pack_weights(self.weight.detach())
         if self.packed is None:
             self.packed = packed
         else:
             self.packed.copy_(packed)
 
-    def fused(self, x: Tensor, packed: Tensor, shift: Tensor, norm: tuple[Tensor, Tensor] | None, activation: Activation = mish) -> Tensor:
+    def in_one_call(
+        self, x: Tensor, packed: Tensor, shift: Tensor, norm: tuple[Tensor, Tensor] | None, activation: Activation = mish
+    ) -> Tensor:
         """The layer in one call: rows [..., N, in] of two or three axes, or their last features → [..., N, out].
 
         `shift` [out] or [G, out] is added to the product, `norm` has LayerNorm's weight and bias, if there are to be norm and activation.
         """
         assert activation is mish or isinstance(activation, SimNorm), "the kernel knows no other"
-        group = activation.dim if isinstance(activation, SimNorm) else 0
-        return torch.ops.specmpc.fused_layer(x, packed, self.weight.shape[-1], shift.float(), *(norm or (None, None)), group)
+        softmax_size = activation.dim if isinstance(activation, SimNorm) else 0
+        return torch.ops.specmpc.fused_layer(x, packed, self.weight.shape[-1], shift.float(), *(norm or (None, None)), softmax_size)
 
     def pad(self, multiple: int) -> None:
         """Adds zeros until out and in are multiples of this."""
@@ -87,7 +90,7 @@ class Linear(Affine):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
-            return self.fused(x, self.packed, self.bias, None)
+            return self.in_one_call(x, self.packed, self.bias, None)
         return self.without_padding(F.linear(self.as_input(x), self.weight, self.bias)).float()
 
 
@@ -107,7 +110,7 @@ class NormedLinear(Linear):
         width = 0 if shared is None else shared.shape[-1]
         shift = self.bias if shared is None else F.linear(shared.squeeze(-2).to(self.weight.dtype), self._columns(0, width), self.bias)
         if self.packed is not None:
-            return self.fused(x, self.packed, shift, (self.ln.weight, self.ln.bias), self.activation)
+            return self.in_one_call(x, self.packed, shift, (self.ln.weight, self.ln.bias), self.activation)
         own = self._columns(width, self.weight.shape[1])
         y, shift = self.without_padding(F.linear(widened(x.to(own.dtype), own.shape[1]), own)), self.without_padding(shift)
         if self.activation is mish:
@@ -145,7 +148,8 @@ class LinearEnsemble(Affine):
         `mask` [B, N, out] multiplies the product (dropout).
         """
         if self.packed is not None:
-            return self._fused(x, head)
+            assert mask is None, "dropout is for learning"
+            return self._of_heads(x, head)
         y = self.without_padding(self._product(self.as_input(x), head))
         bias = self.without_padding(self.bias if head is None else self.bias[head])  # [E, out], [out] or [B, out]
         if self.ln is None:
@@ -154,12 +158,11 @@ class LinearEnsemble(Affine):
             return self.ln(y, bias, head)
         return self.ln((y + over_rows(bias)) * mask, None, head)
 
-    def _fused(self, x: Tensor, head: int | Tensor | None) -> Tensor:
-        """As `forward`, in one call."""
+    def _of_heads(self, x: Tensor, head: int | Tensor | None) -> Tensor:
         heads = slice(None) if head is None else head
         assert self.packed is not None
-        norm = (self.ln.weight[heads], self.ln.bias[heads]) if self.ln else None
-        return self.fused(x, self.packed[heads], self.bias[heads], norm)
+        norm = None if self.ln is None else (self.ln.weight[heads], self.ln.bias[heads])
+        return self.in_one_call(x, self.packed[heads], self.bias[heads], norm)
 
     def _product(self, x: Tensor, head: int | Tensor | None) -> Tensor:
         """Without the bias."""

@@ -254,6 +254,7 @@ class WorldModel(nn.Module):
             if isinstance(layer, Affine):
                 layer.weight.data = layer.weight.data.to(dtype)
                 layer.bias.data = layer.bias.data.to(dtype)
+                layer.packed = None
                 if on_gpu and dtype is torch.bfloat16:
                     layer.pad(8)
         return twin

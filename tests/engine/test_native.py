@@ -116,10 +116,11 @@ def test_it_keeps_to_the_rules_for_custom_operators(name: str, dtype: torch.dtyp
 
 @pytest.mark.compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_is_the_same_to_the_bit_whatever_is_computed_beside_it(dtype: torch.dtype) -> None:
-    layer, threads = given("several blocks", dtype), torch.get_num_threads()
-    whole = layer.fused()
-    for some in (slice(0, 1), slice(5, 18), slice(250, 301)):
+@pytest.mark.parametrize("name", ["several blocks", "plain, bins", "odd sizes"])  # the last panel whole, half full, and a part of one
+def test_a_row_is_the_same_to_the_bit_whatever_is_computed_beside_it(name: str, dtype: torch.dtype) -> None:
+    layer, threads = given(name, dtype), torch.get_num_threads()
+    whole, last = layer.fused(), layer.x.shape[0]
+    for some in (slice(0, 1), slice(5, 18), slice(7, 39), slice(last - 51, last)):
         assert torch.equal(layer._replace(x=layer.x[some]).fused(), whole[some])
     try:
         torch.set_num_threads(3)
@@ -162,6 +163,8 @@ def test_what_is_not_finite_is_not_hidden() -> None:
         ({"norm": (torch.zeros(96), None)}, "a weight and a bias"),
         ({"norm": (torch.zeros(96), torch.zeros(95))}, "another shape"),
         ({"group": 7}, "groups of 7"),
+        ({"x": torch.zeros(4, 0)}, "no features"),
+        ({"weight": torch.zeros(0, 64)}, "no weights"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, object], complaint: str) -> None:
@@ -248,6 +251,15 @@ def test_a_model_without_kernels_for_its_dtype_stays_as_it_is(monkeypatch: pytes
 
 
 @pytest.mark.compiler
+def test_a_copy_for_another_dtype_is_not_packed_for_the_old_one() -> None:
+    model = make_model().compute_copy(torch.float32)
+    model.pack()
+    twin = model.compute_copy(torch.bfloat16)
+    assert model.dynamics[0].packed is not None and twin.dynamics[0].packed is None
+    twin.take_weights(model)
+
+
+@pytest.mark.compiler
 def test_it_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     runs: list[tuple[str, ...]] = []
@@ -301,7 +313,7 @@ def test_a_damaged_library_is_built_anew(unbuilt: Path, monkeypatch: pytest.Monk
     built: list[Path] = []
 
     def build() -> Path:
-        built.append(unbuilt / "norm_mish.so")
+        built.append(unbuilt / "specmpc.so")
         built[-1].write_bytes(b"damaged" if len(built) == 1 else b"whole")
         return built[-1]
 

@@ -16,13 +16,11 @@
 
 namespace specmpc {
 
-constexpr size_t kAlignment = 16;  // floats of a cache line
-
-// What follows a layer's product. `group`: 0 for Mish, else SimNorm's, a softmax over so many neighbouring features.
-struct After {
+// What follows a layer's product. `softmax_size`: 0 for Mish, else SimNorm's, so many neighbouring features.
+struct Epilogue {
   PerGroup shift;
   std::optional<PerGroup> weight, bias;  // LayerNorm's; without them there is neither norm nor activation
-  int64_t group, dim;
+  int64_t softmax_size, dim;
 
   // A row of sums, which it may overwrite, of one group → y.
   template <typename T>
@@ -36,17 +34,17 @@ struct After {
     const float *w = weight->of(in_group), *b = bias->of(in_group);
     const Moments found = moments(sums, c, dim);
     const float mean = found.mean, inverse_std = found.inverse_std;
-    if (group == 0) {
+    if (softmax_size == 0) {
 #pragma omp simd
       for (int64_t j = 0; j < dim; ++j) y[j] = from_float<T>(mish((sums[j] + c[j] - mean) * inverse_std * w[j] + b[j]));
       return;
     }
 #pragma omp simd
     for (int64_t j = 0; j < dim; ++j) sums[j] = (sums[j] + c[j] - mean) * inverse_std * w[j] + b[j];
-    if (group == 8) {
-      softmax<8>(sums, y, group);  // TD-MPC2's: known to the compiler, a group is one or two vectors
+    if (softmax_size == 8) {
+      softmax<8>(sums, y, softmax_size);  // TD-MPC2's: known to the compiler, a group is one or two vectors
     } else {
-      softmax<0>(sums, y, group);
+      softmax<0>(sums, y, softmax_size);
     }
   }
 
@@ -93,6 +91,7 @@ at::Tensor pack_for(const Rows& weight, bool grouped) {
 
 inline at::Tensor pack_weights(const at::Tensor& weight) {
   TORCH_CHECK(weight.dim() == 2 || weight.dim() == 3, "pack_weights: weights have two axes, or three with groups");
+  TORCH_CHECK(weight.numel() > 0, "pack_weights: no weights");
   const Rows rows(weight);
   const bool grouped = weight.dim() == 3;
   if (weight.scalar_type() == at::kBFloat16) return pack_for<Bf16Product>(rows, grouped);
@@ -102,7 +101,7 @@ inline at::Tensor pack_weights(const at::Tensor& weight) {
 
 // x [G, N, in - skipped], packed [G, size] → y [G, N, out]; either may have one group for all.
 template <typename Product, typename Input, typename Output>
-void layer_rows(const Rows& x, int64_t in_dim, const at::Tensor& packed, const After& after, const Rows& y) {
+void layer_rows(const Rows& x, int64_t in_dim, const at::Tensor& packed, const Epilogue& epilogue, const Rows& y) {
   using Weight = typename Product::Weight;
   const Product product(in_dim, y.dim);
   TORCH_CHECK(packed.size(-1) == product.packed_size(), "fused_layer: weights packed for other sizes");
@@ -111,17 +110,16 @@ void layer_rows(const Rows& x, int64_t in_dim, const at::Tensor& packed, const A
   const Weight* weights = packed.const_data_ptr<Weight>();
   const int64_t tiles = (y.count + Product::kRows - 1) / Product::kRows;
   at::parallel_for(0, y.groups * tiles, std::max<int64_t>(1, kGrain / y.dim / Product::kRows), [&](int64_t begin, int64_t end) {
-    static thread_local std::vector<float> held;
-    held.resize(Product::kBlockRows * product.padded_outputs() + kAlignment);
-    float* sums = held.data() + (-reinterpret_cast<intptr_t>(held.data()) & (kAlignment * sizeof(float) - 1)) / sizeof(float);
+    static thread_local Scratch<float> scratch;
+    float* sums = scratch.at_least(Product::kBlockRows * product.padded_outputs());
     for_runs(begin, end, tiles, [&](int64_t group, int64_t first_tile, int64_t some) {
-      const int64_t first = first_tile * Product::kRows, behind = std::min(first + some * Product::kRows, y.count);
+      const int64_t first = first_tile * Product::kRows, end_row = std::min(first + some * Product::kRows, y.count);
       const Input* from = x.of<Input>(x.groups == 1 ? 0 : group, first);
       Output* to = y.of<Output>(group, first);
-      for (int64_t row = first; row < behind; row += Product::kBlockRows) {
-        const int64_t count = std::min(Product::kBlockRows, behind - row);
+      for (int64_t row = first; row < end_row; row += Product::kBlockRows) {
+        const int64_t count = std::min(Product::kBlockRows, end_row - row);
         product.multiply(from, x.step, count, in_dim - x.dim, weights + group * step, sums);
-        for (int64_t r = 0; r < count; ++r) after.write(sums + r * product.padded_outputs(), group, to + r * y.step);
+        for (int64_t r = 0; r < count; ++r) epilogue.write(sums + r * product.padded_outputs(), group, to + r * y.step);
         from += count * x.step;
         to += count * y.step;
       }
@@ -139,35 +137,37 @@ inline at::Tensor fused_layer(
     const at::Tensor& shift,
     const std::optional<at::Tensor>& norm_weight,
     const std::optional<at::Tensor>& norm_bias,
-    int64_t group) {
+    int64_t softmax_size) {
   TORCH_CHECK(x.dim() == 2 || x.dim() == 3, "fused_layer: rows have two axes, or three with groups");
   TORCH_CHECK(packed.dim() <= 2 && packed.is_contiguous(), "fused_layer: weights are not packed");
   TORCH_CHECK(norm_weight.has_value() == norm_bias.has_value(), "fused_layer: a norm has a weight and a bias");
+  TORCH_CHECK(x.size(-1) > 0 && shift.size(-1) > 0, "fused_layer: no features");
   const Rows in(x);
   const int64_t groups = std::max(in.groups, packed.dim() == 2 ? packed.size(0) : 1), out = shift.size(-1);
   TORCH_CHECK(in.groups == 1 || in.groups == groups, "fused_layer: weights for ", groups, " groups, rows of ", in.groups);
   TORCH_CHECK(in.dim <= in_dim, "fused_layer: rows of ", in.dim, " features, weights for ", in_dim);
-  TORCH_CHECK(group >= 0 && (group == 0 || out % group == 0), "fused_layer: ", out, " features are not groups of ", group);
-  const bool half = packed.scalar_type() == at::kBFloat16, mish_follows = norm_weight.has_value() && group == 0;
+  const bool in_groups = softmax_size == 0 || (softmax_size > 0 && out % softmax_size == 0);
+  TORCH_CHECK(in_groups, "fused_layer: ", out, " features are not groups of ", softmax_size);
+  const bool half = packed.scalar_type() == at::kBFloat16, mish_follows = norm_weight.has_value() && softmax_size == 0;
   std::vector<int64_t> shape{in.count, out};
   if (x.dim() == 3 || packed.dim() == 2) shape.insert(shape.begin(), groups);
   at::Tensor y = at::empty(shape, x.options().dtype(half && mish_follows ? at::kBFloat16 : at::kFloat));
-  After after{PerGroup(shift, groups, out), std::nullopt, std::nullopt, group, out};
+  Epilogue epilogue{PerGroup(shift, groups, out), std::nullopt, std::nullopt, softmax_size, out};
   if (norm_weight) {
-    after.weight.emplace(*norm_weight, groups, out);
-    after.bias.emplace(*norm_bias, groups, out);
+    epilogue.weight.emplace(*norm_weight, groups, out);
+    epilogue.bias.emplace(*norm_bias, groups, out);
   }
   const Rows to(y);
   if (!half) {
     TORCH_CHECK(x.scalar_type() == at::kFloat && packed.scalar_type() == at::kFloat, "fused_layer: rows and weights must be fp32 or bf16");
-    layer_rows<Fp32Product, float, float>(in, in_dim, packed, after, to);
+    layer_rows<Fp32Product, float, float>(in, in_dim, packed, epilogue, to);
     return y;
   }
   for_type_of(in.x, [&](auto typed) {
     if (mish_follows) {
-      layer_rows<Bf16Product, decltype(typed), at::BFloat16>(in, in_dim, packed, after, to);
+      layer_rows<Bf16Product, decltype(typed), at::BFloat16>(in, in_dim, packed, epilogue, to);
     } else {
-      layer_rows<Bf16Product, decltype(typed), float>(in, in_dim, packed, after, to);
+      layer_rows<Bf16Product, decltype(typed), float>(in, in_dim, packed, epilogue, to);
     }
   });
   return y;

@@ -49,7 +49,7 @@ void backward_rows(
     const PerGroup& bias,
     const at::Tensor& sums) {
   const int64_t dim = in.dim, size = (in.count + kChunks - 1) / kChunks;
-  at::parallel_for(0, in.groups * kChunks, std::max<int64_t>(1, kGrain / (size * dim)), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, in.groups * kChunks, kGrain / std::max<int64_t>(1, size * dim) + 1, [&](int64_t begin, int64_t end) {
     std::vector<float> buffer(2 * dim);
     float *normed = buffer.data(), *grad_normed = normed + dim;
     for (int64_t chunk = begin; chunk < end; ++chunk) {

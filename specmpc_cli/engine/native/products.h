@@ -19,6 +19,20 @@
 
 namespace specmpc {
 
+// Memory that a thread keeps, from the start of a cache line on. What it held is lost when it grows.
+template <typename T>
+class Scratch {
+ public:
+  T* at_least(int64_t size) {
+    constexpr size_t kLine = 64;
+    if (static_cast<int64_t>(held_.size()) < size + static_cast<int64_t>(kLine / sizeof(T))) held_.resize(size + kLine / sizeof(T));
+    return held_.data() + (-reinterpret_cast<uintptr_t>(held_.data()) & (kLine - 1)) / sizeof(T);
+  }
+
+ private:
+  std::vector<T> held_;
+};
+
 inline int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
 // fp32. A tile of kRows × kOutputs sums stays in registers while the inputs pass.
@@ -34,7 +48,7 @@ class Fp32Product {
   static constexpr int64_t kLanes = 4, kRows = 6;
 #endif
   static constexpr int64_t kVectors = 2, kOutputs = kLanes * kVectors;
-  static constexpr int64_t kBlockRows = 48;  // with their inputs and sums they fill a part of the second cache
+  static constexpr int64_t kBlockRows = 48;  // of some hundred features; with their sums they stay in the second cache
 
   explicit Fp32Product(int64_t in, int64_t out) : in_(in), out_(out) {}
 
@@ -57,7 +71,7 @@ class Fp32Product {
 
   // `count` rows, `step` apart, of all inputs but the first `skipped` → sums [count, padded_outputs()].
   void multiply(const float* x, int64_t step, int64_t count, int64_t skipped, const float* packed, float* sums) const {
-    for (int64_t from = skipped; from < in_; from += kDepth) {  // so many inputs that a panel of their weights stays in the first cache
+    for (int64_t from = skipped; from < in_; from += kDepth) {  // so many inputs that a panel of their weights stays in a near cache
       const int64_t depth = std::min(kDepth, in_ - from);
       for (int64_t panel = 0; panel < panels(); ++panel) {
         const int64_t first = panel * kOutputs, width = panel_width(panel);
@@ -66,9 +80,9 @@ class Fp32Product {
           float* to = sums + r * padded_outputs() + first;
           const int64_t some = std::min(kRows, count - r);
           if (width == kOutputs) {
-            tile_of<kVectors>(some, x + r * step + from - skipped, step, depth, weights, to, from > skipped);
+            tile_of<kVectors>(some, x + r * step + (from - skipped), step, depth, weights, to, from > skipped);
           } else {
-            tile_of<1>(some, x + r * step + from - skipped, step, depth, weights, to, from > skipped);
+            tile_of<1>(some, x + r * step + (from - skipped), step, depth, weights, to, from > skipped);
           }
         }
       }
@@ -143,24 +157,27 @@ class Bf16Product {
   }
 
   // `count` rows, `step` apart, fp32 or bf16, of all inputs but the first `skipped` → sums [count, padded_outputs()], behind which there is
-  // room up to a multiple of kRows.
+  // room up to a multiple of kRows. With the tiles of this machine where it has them.
   template <typename Input>
   void multiply(const Input* x, int64_t step, int64_t count, int64_t skipped, const at::BFloat16* packed, float* sums) const {
-    const int64_t first = skipped / kInputs, width = padded_in_ - first * kInputs;
-    static thread_local std::vector<at::BFloat16> held;  // the rows in bf16, with zeros before and behind
-    held.resize(kBlockRows * width);
+    const int64_t first = skipped / kInputs, depth = padded_in_ / kInputs - first;
+    static thread_local Scratch<at::BFloat16> scratch;
+    at::BFloat16* row = scratch.at_least((kBlockRows + 1) * depth * kInputs);  // one row in bf16, with zeros before and behind
+    at::BFloat16* tiles = row + depth * kInputs;  // all rows, 16 by 16 and so many inputs, as the weights are
+    std::fill_n(row, depth * kInputs, at::BFloat16(0.0f));
     for (int64_t r = 0; r < count; ++r) {
-      at::BFloat16* to = held.data() + r * width;
-      at::BFloat16* behind = copy(x + r * step, in_ - skipped, std::fill_n(to, skipped % kInputs, at::BFloat16(0.0f)));
-      std::fill(behind, to + width, at::BFloat16(0.0f));
-    }
-    const Session session;
-    for (int64_t panel = 0; panel < panels(); ++panel) {
-      const at::BFloat16* weights = packed + panel * kOutputs * padded_in_ + first * kInputs * kOutputs;
-      for (int64_t r = 0; r < count; r += kRows) {
-        tiles(held.data() + r * width, width, weights, width / kInputs, sums + r * padded_outputs() + panel * kOutputs, padded_outputs());
+      copy(x + r * step, in_ - skipped, row + skipped % kInputs);
+      for (int64_t s = 0; s < depth; ++s) {
+        std::copy_n(row + s * kInputs, kInputs, tiles + (r / 16 * depth + s) * kTile + r % 16 * kInputs);
       }
     }
+#ifdef __AMX_BF16__
+    if (fast()) {
+      const Session session;
+      return multiply_tiles(hardware_tiles, tiles, count, first, packed, sums);
+    }
+#endif
+    multiply_tiles(plain_tiles, tiles, count, first, packed, sums);
   }
 
   // Whether this machine multiplies so; asks the system for the tiles, and tries them.
@@ -177,39 +194,52 @@ class Bf16Product {
   }
 
  private:
-  static constexpr int64_t kTile = 16 * 32;  // elements
+  static constexpr int64_t kTile = 16 * kInputs;  // elements
 
   int64_t in_, out_, padded_in_;
 
-  static at::BFloat16* copy(const at::BFloat16* from, int64_t count, at::BFloat16* to) { return std::copy_n(from, count, to); }
-  static at::BFloat16* copy(const float* from, int64_t count, at::BFloat16* to) {
+  static void copy(const at::BFloat16* from, int64_t count, at::BFloat16* to) { std::copy_n(from, count, to); }
+  static void copy(const float* from, int64_t count, at::BFloat16* to) {
 #pragma omp simd
     for (int64_t k = 0; k < count; ++k) to[k] = from_float<at::BFloat16>(from[k]);
-    return to + count;
   }
 
-  // x: 32 rows, `step` apart; sums = their products with one panel, `sums_step` apart.
-  static void plain_tiles(const at::BFloat16* x, int64_t step, const at::BFloat16* panel, int64_t depth, float* sums, int64_t sums_step) {
+  template <typename Tiles>
+  void multiply_tiles(Tiles tiles, const at::BFloat16* x, int64_t count, int64_t first, const at::BFloat16* packed, float* sums) const {
+    const int64_t depth = padded_in_ / kInputs - first;
+    for (int64_t panel = 0; panel < panels(); ++panel) {
+      const at::BFloat16* weights = packed + panel * kOutputs * padded_in_ + first * kInputs * kOutputs;
+      for (int64_t r = 0; r < count; r += kRows) {
+        tiles(x + r / 16 * depth * kTile, weights, depth, sums + r * padded_outputs() + panel * kOutputs, padded_outputs());
+      }
+    }
+  }
+
+  // 32 rows of x, in two rows of `depth` tiles, with one panel of weights, in `depth` pairs of tiles → 32 sums of 32 rows, `step` apart.
+  static void plain_tiles(const at::BFloat16* x, const at::BFloat16* panel, int64_t depth, float* sums, int64_t step) {
     for (int64_t r = 0; r < kRows; ++r) {
       float total[kOutputs] = {};
       for (int64_t k = 0; k < depth * kInputs; ++k) {
-        const at::BFloat16* weights = panel + k / kInputs * kOutputs * kInputs + k % kInputs / 2 * 32 + k % 2;
-        const float value = to_float(x[r * step + k]);
+        const int64_t s = k / kInputs, within = k % kInputs;
+        const float value = to_float(x[(r / 16 * depth + s) * kTile + r % 16 * kInputs + within]);
+        const at::BFloat16* weights = panel + 2 * s * kTile + within / 2 * 32 + within % 2;
         for (int64_t j = 0; j < kOutputs; ++j) total[j] += value * to_float(weights[j / 16 * kTile + j % 16 * 2]);
       }
-      std::copy(total, total + kOutputs, sums + r * sums_step);
+      std::copy(total, total + kOutputs, sums + r * step);
     }
   }
 
 #ifdef __AMX_BF16__
   // While it lives, this thread's tiles are eight of 16 rows × 64 bytes.
-  struct Session {
+  class Session {
+   public:
     Session() {
       struct alignas(64) {
         uint8_t palette = 1, start_row = 0, reserved[14] = {};
         uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
         uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
       } config;
+      in_memory(&config);
       _tile_loadconfig(&config);
     }
     ~Session() { _tile_release(); }
@@ -217,19 +247,19 @@ class Bf16Product {
     Session& operator=(const Session&) = delete;
   };
 
-  static void tiles(const at::BFloat16* x, int64_t step, const at::BFloat16* panel, int64_t depth, float* sums, int64_t sums_step) {
-    if (!fast()) return plain_tiles(x, step, panel, depth, sums, sums_step);
-    hardware_tiles(x, step, panel, depth, sums, sums_step);
-  }
+  // The compiler's tile instructions do not say what they read: it must have been written.
+  static void in_memory(const void* data) { asm volatile("" : : "r"(data) : "memory"); }
 
-  static void hardware_tiles(const at::BFloat16* x, int64_t step, const at::BFloat16* panel, int64_t depth, float* sums, int64_t sums_step) {
+  // As plain_tiles; needs a Session.
+  static void hardware_tiles(const at::BFloat16* x, const at::BFloat16* panel, int64_t depth, float* sums, int64_t step) {
+    in_memory(x);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t s = 0; s < depth; ++s) {
-      _tile_loadd(4, x + s * kInputs, step * 2);
-      _tile_loadd(5, x + 16 * step + s * kInputs, step * 2);
+      _tile_loadd(4, x + s * kTile, 64);
+      _tile_loadd(5, x + (depth + s) * kTile, 64);
       _tile_loadd(6, panel + 2 * s * kTile, 64);
       _tile_loadd(7, panel + (2 * s + 1) * kTile, 64);
       _tile_dpbf16ps(0, 4, 6);
@@ -237,30 +267,23 @@ class Bf16Product {
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, sums, sums_step * 4);
-    _tile_stored(1, sums + 16, sums_step * 4);
-    _tile_stored(2, sums + 16 * sums_step, sums_step * 4);
-    _tile_stored(3, sums + 16 * sums_step + 16, sums_step * 4);
+    _tile_stored(0, sums, step * sizeof(float));
+    _tile_stored(1, sums + 16, step * sizeof(float));
+    _tile_stored(2, sums + 16 * step, step * sizeof(float));
+    _tile_stored(3, sums + 16 * step + 16, step * sizeof(float));
+    in_memory(sums);
   }
 
   static bool tiles_are_right() {
     constexpr int64_t kDepth = 2;
-    std::vector<at::BFloat16> x(kRows * kDepth * kInputs), panel(kDepth * kInputs * kOutputs);
+    std::vector<at::BFloat16> x(2 * kDepth * kTile), panel(2 * kDepth * kTile);
     for (size_t i = 0; i < x.size(); ++i) x[i] = from_float<at::BFloat16>(static_cast<float>(i * 37 % 23) - 11.0f);
     for (size_t i = 0; i < panel.size(); ++i) panel[i] = from_float<at::BFloat16>(static_cast<float>(i * 29 % 19) - 9.0f);
     std::vector<float> ours(kRows * kOutputs), plain(kRows * kOutputs);  // small integers: every sum is exact
     const Session session;
-    hardware_tiles(x.data(), kDepth * kInputs, panel.data(), kDepth, ours.data(), kOutputs);
-    plain_tiles(x.data(), kDepth * kInputs, panel.data(), kDepth, plain.data(), kOutputs);
+    hardware_tiles(x.data(), panel.data(), kDepth, ours.data(), kOutputs);
+    plain_tiles(x.data(), panel.data(), kDepth, plain.data(), kOutputs);
     return ours == plain;
-  }
-#else
-  struct Session {
-    Session() {}
-  };
-
-  static void tiles(const at::BFloat16* x, int64_t step, const at::BFloat16* panel, int64_t depth, float* sums, int64_t sums_step) {
-    plain_tiles(x, step, panel, depth, sums, sums_step);
   }
 #endif
 };

@@ -53,7 +53,7 @@ SPECMPC_INLINED float exp_for_mish(float x) {
   return p * std::bit_cast<float>(exponent << 23);
 }
 
-// layers.mish: x · n/(n+2) with n = eˣ(eˣ+2).
+// norm_mish.mish: x · n/(n+2) with n = eˣ(eˣ+2).
 SPECMPC_INLINED float mish(float x) {
   const float e = exp_for_mish(x);
   const float n = e * (e + 2.0f);
