@@ -45,11 +45,7 @@ class Affine(nn.Module):
     def pack(self) -> None:
         """Packs the weights, or packs them again after they changed. Needs `native.multiplies`; a packed layer keeps no gradients."""
         assert self.weight.shape[-2] == self.out_dim, "padded weights are a GPU's"
-        packed = torch.ops.specmpc.pack_weights(self.weight.detach())
-        if self.packed is None:
-            self.packed = packed
-        else:
-            self.packed.copy_(packed)
+        self.packed = torch.ops.specmpc.pack_weights(self.weight.detach(), self.packed)
 
     def in_one_call(
         self, x: Tensor, packed: Tensor, shift: Tensor, norm: tuple[Tensor, Tensor] | None, activation: Activation = mish

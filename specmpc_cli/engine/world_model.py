@@ -108,6 +108,7 @@ class WorldModel(nn.Module):
     def __init__(self, dims: WorldModelDims) -> None:
         super().__init__()
         self.dims = d = dims
+        self._packed: list[Affine] = []
         simnorm = SimNorm(d.simnorm_dim)
         hidden = [d.mlp_dim, d.mlp_dim]
         z = d.latent_dim + d.task_dim
@@ -249,6 +250,7 @@ class WorldModel(nn.Module):
         For bf16 on a GPU weights are padded to multiples of eight, which its matrix units need at full speed.
         """
         twin = copy.deepcopy(self).requires_grad_(False).eval()
+        twin._packed = []
         on_gpu = next(self.parameters()).is_cuda
         for layer in twin.modules():
             if isinstance(layer, Affine):
@@ -264,9 +266,11 @@ class WorldModel(nn.Module):
         """From now on what plans is computed by kernels of our own, without gradients; nothing changes where there are none for its device
         and dtype.
         """
-        for layer in self._planning_layers():
-            if layer.packed is None and layer.weight.device.type == "cpu" and native.multiplies(layer.weight.dtype):
-                layer.pack()
+        nets = (self.dynamics, self.reward_net, self.termination_net, self.pi_net, self.q)
+        layers = [layer for net in nets if net is not None for layer in net.modules() if isinstance(layer, Affine)]
+        self._packed = [layer for layer in layers if layer.weight.device.type == "cpu" and native.multiplies(layer.weight.dtype)]
+        for layer in self._packed:
+            layer.pack()
 
     @torch.no_grad()
     def take_weights(self, source: WorldModel) -> None:
@@ -274,13 +278,8 @@ class WorldModel(nn.Module):
         given: list[Tensor] = list(source.parameters())
         inner = [mine[tuple(map(slice, theirs.shape))] for mine, theirs in zip(self.parameters(), given, strict=True)]
         torch._foreach_copy_(inner, given)
-        for layer in self._planning_layers():
-            if layer.packed is not None:
-                layer.pack()
-
-    def _planning_layers(self) -> list[Affine]:
-        nets = (self.dynamics, self.reward_net, self.termination_net, self.pi_net, self.q)
-        return [layer for net in nets if net is not None for layer in net.modules() if isinstance(layer, Affine)]
+        for layer in self._packed:
+            layer.pack()
 
 
 def _on_pairs(net: nn.Sequential, z: Tensor, a: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Given(NamedTuple):
     group: int
 
     def fused(self) -> Tensor:
-        packed = torch.ops.specmpc.pack_weights(self.weight)
+        packed = torch.ops.specmpc.pack_weights(self.weight, None)
         return torch.ops.specmpc.fused_layer(self.x, packed, self.weight.shape[-1], self.shift, *self.norm, self.group)
 
     def exact(self) -> Tensor:
@@ -109,7 +109,7 @@ def test_bf16_rounds_operands_and_results_only(name: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("name", CASES)
 def test_it_keeps_to_the_rules_for_custom_operators(name: str, dtype: torch.dtype) -> None:
     layer = given(name, dtype)
-    packed = torch.ops.specmpc.pack_weights(layer.weight)
+    packed = torch.ops.specmpc.pack_weights(layer.weight, None)
     arguments = (layer.x, packed, layer.weight.shape[-1], layer.shift, *layer.norm, layer.group)
     torch.library.opcheck(torch.ops.specmpc.fused_layer.default, arguments)
 

@@ -73,30 +73,35 @@ struct Epilogue {
   }
 };
 
-// Weights [out, in] or [G, out, in] → packed, [size] or [G, size].
 template <typename Product>
-at::Tensor pack_for(const Rows& weight, bool grouped) {
+at::Tensor pack_for(const Rows& weight, bool grouped, const std::optional<at::Tensor>& into) {
   using Weight = typename Product::Weight;
   const Product product(weight.dim, weight.count);
   const int64_t size = product.packed_size(), panels = product.panels();
-  const at::Tensor packed = at::empty({weight.groups, size}, weight.x.options());
+  const std::vector<int64_t> shape = grouped ? std::vector<int64_t>{weight.groups, size} : std::vector<int64_t>{size};
+  const at::Tensor packed = into ? *into : at::empty(shape, weight.x.options());
+  const bool fits = packed.sizes() == at::IntArrayRef(shape) && packed.scalar_type() == weight.x.scalar_type() && packed.is_contiguous();
+  TORCH_CHECK(fits, "pack_weights: other weights were packed there");
+  Weight* to = packed.data_ptr<Weight>();
   at::parallel_for(0, weight.groups * panels, std::max<int64_t>(1, kGrain / weight.dim), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t group = i / panels;
-      product.pack(weight.of<Weight>(group), weight.step, i % panels, packed.data_ptr<Weight>() + group * size);
-    }
+    for_runs(begin, end, panels, [&](int64_t group, int64_t first, int64_t some) {
+      for (int64_t panel = first; panel < first + some; ++panel) {
+        product.pack(weight.of<Weight>(group), weight.step, panel, to + group * size);
+      }
+    });
   });
-  return grouped ? packed : packed[0];
+  return packed;
 }
 
-inline at::Tensor pack_weights(const at::Tensor& weight) {
+// Weights [out, in] or [G, out, in] → packed, [size] or [G, size]; into what was packed before, if that is given.
+inline at::Tensor pack_weights(const at::Tensor& weight, const std::optional<at::Tensor>& into) {
   TORCH_CHECK(weight.dim() == 2 || weight.dim() == 3, "pack_weights: weights have two axes, or three with groups");
   TORCH_CHECK(weight.numel() > 0, "pack_weights: no weights");
   const Rows rows(weight);
   const bool grouped = weight.dim() == 3;
-  if (weight.scalar_type() == at::kBFloat16) return pack_for<Bf16Product>(rows, grouped);
+  if (weight.scalar_type() == at::kBFloat16) return pack_for<Bf16Product>(rows, grouped, into);
   TORCH_CHECK(weight.scalar_type() == at::kFloat, "pack_weights: weights must be fp32 or bf16");
-  return pack_for<Fp32Product>(rows, grouped);
+  return pack_for<Fp32Product>(rows, grouped, into);
 }
 
 // x [G, N, in - skipped], packed [G, size] → y [G, N, out]; either may have one group for all.

@@ -60,13 +60,14 @@ class Fp32Product {
   void pack(const float* weight, int64_t step, int64_t panel, float* packed) const {
     const int64_t first = panel * kOutputs, width = panel_width(panel), real = std::min(width, out_ - first);
     float* to = packed + first * in_;
-    for (int64_t j = 0; j < real; ++j) {
-      const float* from = weight + (first + j) * step;
-      for (int64_t k = 0; k < in_; ++k) to[k * width + j] = from[k];
+    for (int64_t from = 0; from < in_; from += kLine) {  // line by line of each output: what is written meanwhile stays in the first cache
+      const int64_t end = std::min(from + kLine, in_);
+      for (int64_t j = 0; j < real; ++j) {
+        const float* output = weight + (first + j) * step;
+        for (int64_t k = from; k < end; ++k) to[k * width + j] = output[k];
+      }
     }
-    for (int64_t j = real; j < width; ++j) {
-      for (int64_t k = 0; k < in_; ++k) to[k * width + j] = 0.0f;
-    }
+    for (int64_t k = 0; k < in_; ++k) std::fill(to + k * width + real, to + (k + 1) * width, 0.0f);
   }
 
   // `count` rows, `step` apart, of all inputs but the first `skipped` → sums [count, padded_outputs()].
@@ -90,7 +91,7 @@ class Fp32Product {
   }
 
  private:
-  static constexpr int64_t kDepth = 512;
+  static constexpr int64_t kDepth = 512, kLine = 16;
   typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
 
   int64_t in_, out_;
