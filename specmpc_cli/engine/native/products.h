@@ -72,8 +72,9 @@ class Fp32Product {
 
   // `count` rows, `step` apart, of all inputs but the first `skipped` → sums [count, padded_outputs()].
   void multiply(const float* x, int64_t step, int64_t count, int64_t skipped, const float* packed, float* sums) const {
-    for (int64_t from = skipped; from < in_; from += kDepth) {  // so many inputs that a panel of their weights stays in a near cache
-      const int64_t depth = std::min(kDepth, in_ - from);
+    const int64_t passes = (in_ - skipped + kDepth - 1) / kDepth, even = (in_ - skipped + passes - 1) / passes;
+    for (int64_t from = skipped; from < in_; from += even) {  // so many inputs that a panel of their weights stays in a near cache
+      const int64_t depth = std::min(even, in_ - from);
       for (int64_t panel = 0; panel < panels(); ++panel) {
         const int64_t first = panel * kOutputs, width = panel_width(panel);
         const float* weights = packed + first * in_ + from * width;
