@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import h5py
@@ -309,13 +309,15 @@ def test_a_task_that_fails_its_check_is_reported_beside_the_others(command: Comm
 
 
 def test_version_and_help_answer_quickly() -> None:
+    """In CPU time: what else the machine does is not the command's doing."""
     seconds = []
     for option, expected in (("--version", r"specmpc \d+\.\d+\.\d+\s*"), *[("--help", r".*fit-corrector.*")] * 5):
-        started = time.perf_counter()
+        before = os.times()
         run = subprocess.run([sys.executable, "-m", "specmpc_cli", option], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - started)
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
         assert re.fullmatch(expected, run.stdout, re.DOTALL)
-    assert min(seconds) < 0.7, seconds
+    assert 0 < min(seconds) < 0.7, seconds
 
 
 def test_numbers_are_finite_or_null(pipeline: Command) -> None:
