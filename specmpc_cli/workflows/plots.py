@@ -16,7 +16,7 @@ Row = dict[str, Any]
 CONTROLS = ("policy", "distilled")  # modes that never plan
 _MARKS = {"baseline": "o", "policy": "X", "naive": "s", "corrected": "D", "adaptive": "P", "distilled": "*"}
 _COLOURS = {None: "#6b7280", "two-tower": "#2563eb", "temporal": "#d97706", "distilled": "#059669"}
-_OFFSETS = {None: -9.0, "two-tower": 0.0, "temporal": 9.0, "distilled": 18.0}  # points to the side
+_OFFSETS = {None: -12.0, "two-tower": -4.0, "temporal": 4.0, "distilled": 12.0}  # points to the side
 
 
 def pareto_front(rows: list[Row]) -> list[Row]:
@@ -110,7 +110,7 @@ def plot_front(report: dict[str, Any], path: Path) -> None:
             at = (row["calls_saved"], low)
             axes.annotate(str(row["horizon"]), at, xytext=(points, -12), textcoords="offset points", ha="center", fontsize=8)
     axes.set_title(f"{report['task']}: {report['episodes']} paired episodes, 95 % bootstrap intervals", loc="left", fontsize=11)
-    axes.set_xlabel("planner calls saved (numbers: env steps per plan)")
+    axes.set_xlabel("planner calls saved (numbers: env steps per plan; ways of one length stand side by side)")
     axes.set_ylabel(f"{scored_by(report)} relative to replanning at every step")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -167,7 +167,12 @@ def _front(rows: list[Row], names: dict[int, int], what: str) -> str:
     low, high = min(bounds), max(bounds)
     margin = 0.06 * (high - low) + 0.01
     chart = Chart(
-        (-0.03, 1.03), (low - margin, high + margin), "planner calls saved", f"{what} vs baseline", "{:.0%}".format, "{:.0%}".format
+        (-0.03, 1.03),
+        (low - margin, high + margin),
+        "planner calls saved (ways of one length side by side)",
+        f"{what} vs baseline",
+        "{:.0%}".format,
+        "{:.0%}".format,
     )
     chart.level(1.0)
     chart.line([(row["calls_saved"], row["return_vs_baseline"]) for row in pareto_front(rows)], 0, dashed=True)
