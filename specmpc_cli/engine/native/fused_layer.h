@@ -32,13 +32,9 @@ struct Epilogue {
       return;
     }
     const float *w = weight->of(in_group), *b = bias->of(in_group);
+    if (softmax_size == 0) return norm_mish_row(sums, c, w, b, dim, y);
     const Moments found = moments(sums, c, dim);
     const float mean = found.mean, inverse_std = found.inverse_std;
-    if (softmax_size == 0) {
-#pragma omp simd
-      for (int64_t j = 0; j < dim; ++j) y[j] = from_float<T>(mish((sums[j] + c[j] - mean) * inverse_std * w[j] + b[j]));
-      return;
-    }
 #pragma omp simd
     for (int64_t j = 0; j < dim; ++j) sums[j] = (sums[j] + c[j] - mean) * inverse_std * w[j] + b[j];
     if (softmax_size == 8) {

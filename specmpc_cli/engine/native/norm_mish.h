@@ -26,14 +26,7 @@ void forward_rows(const Rows& in, const Rows& out, const PerGroup& shift, const 
       const float *c = shift.of(group), *w = weight.of(group), *b = bias.of(group);
       const T* x = in.of<T>(group, first);
       T* y = out.of<T>(group, first);
-      for (int64_t n = 0; n < some; ++n, x += in.step, y += out.step) {
-        const Moments found = moments(x, c, dim);
-        const float mean = found.mean, inverse_std = found.inverse_std;  // clang takes no structured bindings into simd loops
-#pragma omp simd
-        for (int64_t j = 0; j < dim; ++j) {
-          y[j] = from_float<T>(mish((to_float(x[j]) + c[j] - mean) * inverse_std * w[j] + b[j]));
-        }
-      }
+      for (int64_t n = 0; n < some; ++n) norm_mish_row(x + n * in.step, c, w, b, dim, y + n * out.step);
     });
   });
 }

@@ -9,7 +9,9 @@ TORCH_LIBRARY(specmpc, m) {
   m.def("norm_mish(Tensor x, Tensor shift, Tensor weight, Tensor bias) -> Tensor");
   m.def("norm_mish_backward(Tensor grad, Tensor x, Tensor shift, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("pack_weights(Tensor weight, Tensor(a!)? into) -> Tensor(a!)");
-  m.def("fused_layer(Tensor x, Tensor packed, int in_dim, Tensor shift, Tensor? norm_weight, Tensor? norm_bias, int softmax_size) -> Tensor");
+  m.def(
+      "fused_layer(Tensor x, Tensor packed, int in_dim, Tensor shift, Tensor? norm_weight, Tensor? norm_bias, int softmax_size)"
+      " -> Tensor");
   m.def("multiplies_bf16() -> bool", specmpc::Bf16Product::fast);
 }
 

@@ -91,6 +91,17 @@ inline Moments moments(const T* x, const float* shift, int64_t dim) {
   return {near + rest, 1.0f / std::sqrt(variance + kEps)};
 }
 
+// y = mish(LayerNorm(x + shift)) of one row.
+template <typename In, typename Out>
+inline void norm_mish_row(const In* x, const float* shift, const float* weight, const float* bias, int64_t dim, Out* y) {
+  const Moments found = moments(x, shift, dim);
+  const float mean = found.mean, inverse_std = found.inverse_std;  // clang takes no structured bindings into simd loops
+#pragma omp simd
+  for (int64_t j = 0; j < dim; ++j) {
+    y[j] = from_float<Out>(mish((to_float(x[j]) + shift[j] - mean) * inverse_std * weight[j] + bias[j]));
+  }
+}
+
 // One vector [D] for all groups, or one for each, [G, D].
 class PerGroup {
  public:
