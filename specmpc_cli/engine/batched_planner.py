@@ -48,11 +48,12 @@ class BatchedPlanner:
         self._to_pack = kernels.packed  # before the first plan: packing may have to build the kernels first
         self._batch_sizes = sorted(batch_sizes)
         self._explore, self._draws = explore, draws
+        self._captures = next(model.parameters()).is_cuda
         self._calls = self._captured_calls()
+        self._refresh = CapturedCall(self._take_weights, enabled=self._captures)
 
     def _captured_calls(self) -> dict[int, CapturedCall]:
-        on_cuda = next(self._rollout_model.parameters()).device.type == "cuda"
-        return {size: CapturedCall(self._plan, enabled=on_cuda) for size in self._batch_sizes}
+        return {size: CapturedCall(self._plan, enabled=self._captures) for size in self._batch_sizes}
 
     def refining(self, iterations: int, first_std: float) -> BatchedPlanner:
         """A planner of the same networks that refines its warm starts: fewer iterations, the first of which spreads less."""
@@ -63,7 +64,11 @@ class BatchedPlanner:
 
     def refresh(self) -> None:
         """Takes over the model's weights, after an optimiser changed them."""
+        self._refresh()
+
+    def _take_weights(self) -> tuple[Tensor, ...]:
         self._compute_model.take_weights(self._rollout_model)
+        return ()
 
     def __call__(self, z: Tensor, warm_start: Tensor, streams: Tensor, steps: Tensor) -> Plan:
         """z [B, Z], warm_start [B, H, A], streams and steps [B] int64 → a plan of B rows, B ≥ 1."""

@@ -17,7 +17,7 @@ from torch._inductor import config as inductor
 from specmpc_cli.engine.captured import CapturedCall
 from specmpc_cli.engine.draws import Draws, block_numbers, device_draws, draws_from, host_draws
 from specmpc_cli.engine.gate import GateLimits
-from specmpc_cli.engine.planner import EAGER, Kernels, PlannerNoise, PlannerSettings, iterate, prior_actions
+from specmpc_cli.engine.planner import EAGER, Kernels, PlannerNoise, PlannerSettings, iterate, prior_actions, select
 from specmpc_cli.engine.rows import row_by_row
 from specmpc_cli.engine.runner import Judge, Judgement, judge
 from specmpc_cli.engine.world_model import WorldModel
@@ -44,7 +44,13 @@ def compiled(fn: _Function) -> _Function:
 @cache
 def compiled_kernels() -> Kernels:
     """The compiled kernels; compilation itself happens at their first call with a new shape."""
-    return Kernels(compiled(prior_actions), compiled(iterate), packed=True)
+    select_compiled = compiled(select)
+
+    def select_on(model: WorldModel, z: Tensor, *found: Any) -> tuple[Tensor, ...]:
+        # A CPU would gain less than its longer start costs; on a GPU these are a hundred launches.
+        return (select_compiled if z.is_cuda else select)(model, z, *found)
+
+    return Kernels(compiled(prior_actions), compiled(iterate), select_on, packed=True)
 
 
 @cache

@@ -59,17 +59,6 @@ class Search(NamedTuple):
     values: Tensor  # [B, N] of all candidates, prior samples first
 
 
-class Kernels(NamedTuple):
-    """The two functions that take nearly all of a plan's time; engine/compiled.py provides compiled ones.
-
-    `packed`: on a CPU they are to be given a model that is (`WorldModel.pack`).
-    """
-
-    prior_actions: Callable[[WorldModel, Tensor, Tensor], Tensor]
-    iterate: Callable[..., Search]
-    packed: bool = False
-
-
 def plan(
     model: WorldModel,
     z: Tensor,
@@ -107,7 +96,7 @@ def plan(
         if on_iteration is not None:
             on_iteration(search)
     assert search is not None, "a plan needs at least one iteration"
-    return _select(rollout_model or model, z, search, noise)
+    return Plan(*kernels.select(rollout_model or model, z, search, noise.exponential, noise.action_eps))
 
 
 def prior_actions(model: WorldModel, z: Tensor, eps: Tensor) -> Tensor:
@@ -140,7 +129,7 @@ def iterate(
     values = estimate_value(model, z, candidates, terminal_eps, q_index, settings.discount).nan_to_num(0)  # [B, N]
 
     # Elites and their weights.
-    elite_values, index = torch.topk(values, settings.num_elites, dim=1)  # [B, K]
+    elite_values, index = _largest(values, settings.num_elites)  # [B, K]
     elites = candidates.gather(1, index[..., None, None].expand(-1, -1, *candidates.shape[2:]))  # [B, K, H, A]
     scores = torch.exp(settings.temperature * (elite_values - elite_values[:, :1]))
     scores = scores / scores.sum(1, keepdim=True)
@@ -151,6 +140,28 @@ def iterate(
     mean = (weight * elites).sum(1) / total
     std = ((weight * (elites - mean.unsqueeze(1)) ** 2).sum(1) / total).sqrt()
     return Search(mean, std.clamp(settings.min_std, settings.max_std), elites, scores, elite_values, values)
+
+
+def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of values [B, N] in falling order, and where they were, both [B, count]."""
+    if values.is_cuda:
+        return largest_by_rank(values, count)
+    largest, index = torch.topk(values, count, dim=1)
+    return largest, index
+
+
+def largest_by_rank(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The same by comparing all with all, of equals the first first: two kernels when compiled, where `topk` and its sort are five.
+
+    Arguments as above; no value may be NaN.
+    """
+    position = torch.arange(values.shape[1], device=values.device)
+    theirs, ours = values.unsqueeze(1), values.unsqueeze(2)  # [B, 1, N], [B, N, 1]
+    before = (theirs > ours) | ((theirs == ours) & (position < position.unsqueeze(1)))
+    rank = before.sum(2, dtype=torch.int32)  # [B, N]
+    has_rank = rank.unsqueeze(1) == position[:count, None]  # [B, count, N], one in each row
+    index = (has_rank * position).sum(2)
+    return values.gather(1, index), index
 
 
 def estimate_value(model: WorldModel, z: Tensor, actions: Tensor, terminal_eps: Tensor, q_index: Tensor, discount: float) -> Tensor:
@@ -184,24 +195,30 @@ def rewards_at_once(model: WorldModel, latents: Sequence[Tensor], actions: Tenso
     return model.reward(alike, actions).unbind(2)
 
 
-def _select(model: WorldModel, z: Tensor, search: Search, noise: PlannerNoise) -> Plan:
-    """Draws one elite by weight, adds exploration noise if there is any, and predicts the latents it leads through."""
-    drawn = (torch.log(search.scores) - torch.log(noise.exponential)).argmax(1)  # [B]
+def select(model: WorldModel, z: Tensor, search: Search, exponential: Tensor, action_eps: Tensor | None) -> tuple[Tensor, ...]:
+    """Draws one elite by weight, adds exploration noise if there is any, and predicts the latents it leads through; → a plan's fields."""
+    drawn = (torch.log(search.scores) - torch.log(exponential)).argmax(1)  # [B]
     row = torch.arange(z.shape[0], device=z.device)
     actions, std = search.elites[row, drawn], search.std
-    if noise.action_eps is not None:
-        actions = torch.cat([actions[:, :1] + (std[:, 0] * noise.action_eps).unsqueeze(1), actions[:, 1:]], dim=1)
+    if action_eps is not None:
+        actions = torch.cat([actions[:, :1] + (std[:, 0] * action_eps).unsqueeze(1), actions[:, 1:]], dim=1)
     actions = actions.clamp(-1, 1)
     latents = [z]
     for t in range(actions.shape[1]):
         latents.append(model.next(latents[-1], actions[:, t]))
-    return Plan(
-        actions=actions,
-        latents=torch.stack(latents, dim=1),
-        mean=search.mean,
-        std=std,
-        value=search.elite_values[row, drawn],
-    )
+    return actions, torch.stack(latents, dim=1), search.mean, std, search.elite_values[row, drawn]
+
+
+class Kernels(NamedTuple):
+    """The functions that take nearly all of a plan's time; engine/compiled.py provides compiled ones.
+
+    `packed`: on a CPU they are to be given a model that is (`WorldModel.pack`).
+    """
+
+    prior_actions: Callable[[WorldModel, Tensor, Tensor], Tensor]
+    iterate: Callable[..., Search]
+    select: Callable[..., tuple[Tensor, ...]] = select
+    packed: bool = False
 
 
 EAGER = Kernels(prior_actions, iterate)

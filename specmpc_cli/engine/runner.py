@@ -75,7 +75,7 @@ Judge = Callable[..., Judgement]  # `judge`, or a compiled one (engine/compiled.
 class Replanned(NamedTuple):
     """What planner calls brought on one step."""
 
-    rows: Tensor  # [R] int64, the rows that got a plan
+    rows: Tensor  # [R] int64, the rows that got a plan, in rising order
     plan: Plan  # of R rows, tails included
     iterations: int  # MPPI iterations spent on each
 
@@ -177,6 +177,8 @@ class SpeculativeRunner:
 
     def adopt(self, plan: Plan) -> Plan:
         """The plan as this runner executes it: the drawn elite or the mean, and then the tail."""
+        if plan.actions.shape[1] == self._length and not self._executes_mean:
+            return plan
         actions, latents = row_by_row(self._with_tail, plan.actions, plan.latents, plan.mean)
         return replace(plan, actions=actions, latents=latents)
 
@@ -197,8 +199,10 @@ class SpeculativeRunner:
         rows = torch.nonzero(mask).squeeze(1)
         if not len(rows):
             return None
-        old = state.take(rows)
-        plan = planner(seen.z[rows], self.warm_start(old, first[rows]), old.stream, old.step)
+        z = seen.z
+        if len(rows) < len(mask):  # there is something to pick
+            z, state, first = z[rows], state.take(rows), first[rows]
+        plan = planner(z, self.warm_start(state, first), state.stream, state.step)
         return Replanned(rows, self.adopt(plan), planner.settings.iterations)
 
     def execute(self, seen: Judgement, state: RunnerState, replanned: Sequence[Replanned]) -> tuple[Tensor, RunnerState, StepLog]:
@@ -211,7 +215,7 @@ class SpeculativeRunner:
         if self._rerolls:
             plan = self._rerolled(plan, age, torch.where(corrected.unsqueeze(1), seen.z, seen.z_pred), action, seen.decision)
         for rows, fresh, spent in replanned:
-            plan = plan.put(rows, fresh)
+            plan = plan.put(rows, fresh) if len(rows) < len(action) else fresh
             age = age.index_fill(0, rows, 0)
             action = action.index_copy(0, rows, fresh.actions[:, 0])
             iterations = iterations.index_fill(0, rows, spent)

@@ -107,11 +107,13 @@ class Learner:
         self._embedding = None if model.task_emb is None else TaskEmbedding(model.task_emb.weight)
         optional = {"task": self._embedding is not None, "demonstrated": demonstrated}
         self._fields = [name for name in Batch._fields if optional.get(name, True)]  # that batches have
-        self._call = CapturedCall(self._drawn_step, enabled=runtime.device.type == "cuda")
+        self._call = CapturedCall(self._drawn_step, enabled=graph)
+        # Of this device alone: torch.manual_seed queues the seed for every kind of device that is not there, which takes a millisecond.
+        self._generator = torch.cuda.default_generators[torch.cuda.current_device()] if graph else torch.default_generator
 
     def update(self, batch: Batch) -> UpdateInfo:
         """Update number `updates`, with draws keyed by (seed, number). On CUDA the third one of a process captures a graph."""
-        torch.manual_seed(update_key(self._seed, self.updates))
+        self._generator.manual_seed(update_key(self._seed, self.updates))
         info = self._call(*(getattr(batch, name) for name in self._fields))
         self.updates += 1
         return info

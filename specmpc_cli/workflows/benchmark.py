@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from specmpc_cli.config.schema import CorrectorConfig, PlannerConfig, TrainConfig
 from specmpc_cli.engine import native
 from specmpc_cli.engine.batched_planner import BatchedPlanner
+from specmpc_cli.engine.captured import CapturedCall
 from specmpc_cli.engine.compiled import draws_for, judge_for
 from specmpc_cli.engine.correctors import CORRECTORS, CorrectorDims, build_corrector
 from specmpc_cli.engine.gate import GateRule
@@ -209,15 +211,17 @@ class Subject:
             draws=draws_for(replace(self.runtime, compiled=False)),  # the compiler refuses to work while products are counted
         )
 
+        encode = CapturedCall(self.model.encode, enabled=self.runtime.device.type == "cuda")  # a runner has it in its judgement's graph
+
         @torch.inference_mode()
-        def planned_by(planner: BatchedPlanner) -> None:
-            planner(self.model.encode(obs), warm_start, index, index)
+        def planned_by(planner: BatchedPlanner, encode: Callable[[Tensor], Tensor]) -> None:
+            planner(encode(obs), warm_start, index, index)
 
         def plain() -> None:
             for row in range(rows):
                 plain_plan(self._plain, self._obs, previous, eager.draw(index[row : row + 1], index[row : row + 1]), settings)
 
-        return Case(what, self.size, rows, lambda: planned_by(self._planner), plain, lambda: planned_by(eager))
+        return Case(what, self.size, rows, lambda: planned_by(self._planner, encode), plain, lambda: planned_by(eager, self.model.encode))
 
     def _update_case(self) -> Case:
         horizon, size = self._batch.reward.shape

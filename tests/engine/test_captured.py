@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from specmpc_cli.engine.captured import EAGER_CALLS, CapturedCall
+from specmpc_cli.engine.captured import EAGER_CALLS, CapturedCall, Layout
 
 
 class Result(NamedTuple):
     total: Tensor
     doubled: Tensor
+    positive: Tensor
 
 
 def work(x: Tensor, y: Tensor) -> Result:
-    return Result((x + y).sum(), 2 * x)
+    return Result((x + y).sum(), 2 * x, x > 0)
 
 
 @pytest.fixture
@@ -28,7 +29,8 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> tuple[CapturedCall, list[str]]:
     class Graph:
         def replay(self) -> None:
             events.append("replay")
-            for static, value in zip(call._outputs, work(*call._inputs), strict=True):
+            assert call._layout is not None
+            for static, value in zip(call._outputs, call._layout.pack(work(*call._inputs)), strict=True):
                 static.copy_(value)
 
     def capturing(graph: Graph) -> contextlib.AbstractContextManager[None]:
@@ -63,6 +65,21 @@ def test_replays_see_new_inputs_and_leave_earlier_results_alone(captured: tuple[
     for number, result in enumerate(results):
         assert isinstance(result, Result)
         assert float(result.total) == 3 * number + 3 and torch.equal(result.doubled, torch.full((3,), 2.0 * number))
+        assert torch.equal(result.positive, torch.full((3,), number > 0))
+
+
+def test_a_layout_keeps_shapes_and_dtypes_in_one_buffer_each() -> None:
+    tree = (torch.rand(2, 3), Result(torch.rand(()), torch.rand(3, 2).T, torch.tensor([True])), torch.arange(4).view(2, 2))
+    layout = Layout(tree)
+    buffers = layout.pack(tree)
+    assert [(buffer.dtype, buffer.shape) for buffer in buffers] == [(torch.float32, (13,)), (torch.bool, (1,)), (torch.int64, (4,))]
+    first, result, last = layout.unpack(buffers)
+    assert isinstance(result, Result)
+    for theirs, ours in zip((tree[0], *tree[1], tree[2]), (first, *result, last), strict=True):
+        assert torch.equal(theirs, ours)
+    alone = torch.rand(2, 2)
+    assert torch.equal(Layout(alone).unpack(Layout(alone).pack(alone)), alone)
+    assert Layout(()).unpack(Layout(()).pack(())) == ()
 
 
 def test_what_cannot_be_captured_is_called_for_good(captured: tuple[CapturedCall, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +149,7 @@ def test_a_real_capture_that_fails_leaves_stream_and_draws_usable() -> None:
 
     def drawing(x: Tensor) -> Result:
         drawn = torch.randn(3, device=x.device)
-        return Result(drawn.sum(), drawn)
+        return Result(drawn.sum(), drawn, drawn > 0)
 
     def seeded(call: CapturedCall) -> Tensor:
         torch.manual_seed(5)
@@ -142,7 +159,7 @@ def test_a_real_capture_that_fails_leaves_stream_and_draws_usable() -> None:
 
     def talking_to_the_host(x: Tensor) -> Result:
         drawn = torch.randn(3, device=x.device)
-        return Result(drawn.sum() + x.sum().item(), drawn)
+        return Result(drawn.sum() + x.sum().item(), drawn, drawn > 0)
 
     call, x = CapturedCall(talking_to_the_host, enabled=True), torch.ones(3, device="cuda")
     stream = torch.cuda.current_stream()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from specmpc_cli.engine.batched_planner import BatchedPlanner
-from specmpc_cli.engine.planner import PlannerNoise, PlannerSettings, Search, plan
+from specmpc_cli.engine.compiled import compiled
+from specmpc_cli.engine.planner import PlannerNoise, PlannerSettings, Search, largest_by_rank, plan
 from tests.conftest import make_model
 
 SETTINGS = PlannerSettings(discount=1.0, horizon=4, iterations=20, num_samples=1024, num_elites=64, num_pi_trajs=8, temperature=50.0)
@@ -198,3 +199,27 @@ def test_bf16_plans_are_close_to_fp32_plans() -> None:
     fast = BatchedPlanner(model, SMALL, dtype=torch.bfloat16)(z, warm, *keys(4))
     assert fast.mean.dtype == torch.float32
     torch.testing.assert_close(exact.mean, fast.mean, rtol=0, atol=0.2)
+
+
+def values_with_equals() -> torch.Tensor:
+    torch.manual_seed(5)
+    values = torch.randn(3, 64)
+    values[1] = values[1].round()
+    values[2] = torch.tensor([0.0, -0.0]).repeat(32)
+    values[0, :3] = torch.tensor([torch.finfo(torch.float32).max, -torch.finfo(torch.float32).max, torch.finfo(torch.float32).max])
+    return values
+
+
+@pytest.mark.parametrize("count", [1, 7, 64])
+def test_the_largest_by_rank_are_the_first_of_a_stable_sort(count: int) -> None:
+    values = values_with_equals()
+    largest, index = largest_by_rank(values, count)
+    assert torch.equal(largest, torch.topk(values, count, dim=1).values)
+    assert torch.equal(index, torch.sort(values, dim=1, descending=True, stable=True).indices[:, :count])
+
+
+@pytest.mark.gpu
+def test_the_largest_by_rank_are_the_same_compiled_on_a_gpu() -> None:
+    values = values_with_equals()
+    for ours, theirs in zip(compiled(largest_by_rank)(values.cuda(), 7), largest_by_rank(values, 7), strict=True):
+        assert torch.equal(ours.cpu(), theirs)
