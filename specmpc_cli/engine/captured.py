@@ -20,6 +20,7 @@ class Layout:
         leaves, self._tree = tree_flatten(tree)
         self._shapes = [leaf.shape for leaf in leaves]
         self._places = places_by_dtype(leaves)
+        self._sizes = [[leaves[place].numel() for place in places] for places in self._places]
 
     @torch.no_grad()
     def pack(self, tree: Any) -> list[Tensor]:
@@ -30,8 +31,7 @@ class Layout:
     def unpack(self, buffers: Sequence[Tensor]) -> Any:
         """The tree, of views into these buffers."""
         leaves: list[Tensor | None] = [None] * len(self._shapes)
-        for places, buffer in zip(self._places, buffers, strict=True):
-            sizes = [self._shapes[place].numel() for place in places]
+        for places, sizes, buffer in zip(self._places, self._sizes, buffers, strict=True):
             for place, part in zip(places, buffer.split(sizes), strict=True):
                 leaves[place] = part.view(self._shapes[place])
         return tree_unflatten(leaves, self._tree)
@@ -78,9 +78,10 @@ class CapturedCall:
             self._graph = None  # it would draw from the random generator that was replaced since
         if self._graph is None and self._calls > EAGER_CALLS:
             self._capture()
-        if self._graph is None or self._layout is None:
+        if self._graph is None:
             return tree_map(torch.clone, self._fn(*self._inputs))
         self._graph.replay()
+        assert self._layout is not None
         return self._layout.unpack([buffer.clone() for buffer in self._outputs])  # the next call writes over them
 
     def _capture(self) -> None:
