@@ -48,12 +48,12 @@ class BatchedPlanner:
         self._to_pack = kernels.packed  # before the first plan: packing may have to build the kernels first
         self._batch_sizes = sorted(batch_sizes)
         self._explore, self._draws = explore, draws
-        self._captures = next(model.parameters()).is_cuda
+        self._device = next(model.parameters()).device
         self._calls = self._captured_calls()
-        self._refresh = CapturedCall(self._take_weights, enabled=self._captures)
+        self._refresh = CapturedCall(self._take_weights, self._device)
 
     def _captured_calls(self) -> dict[int, CapturedCall]:
-        return {size: CapturedCall(self._plan, enabled=self._captures) for size in self._batch_sizes}
+        return {size: CapturedCall(self._plan, self._device) for size in self._batch_sizes}
 
     def refining(self, iterations: int, first_std: float) -> BatchedPlanner:
         """A planner of the same networks that refines its warm starts: fewer iterations, the first of which spreads less."""

@@ -49,13 +49,15 @@ class CapturedCall:
     """A function of tensors whose work on CUDA is captured in one graph at its third call.
 
     The function must do the same work at each call, on tensors of the same shapes, and talk to the host in no way. Its result may be a
-    tensor or a tuple of tensors. Off CUDA (`enabled` false) it is simply called.
+    tensor or a tuple of tensors; those of one call share their memory, so that keeping one keeps all. Off CUDA it is simply called.
     """
 
     _failures: ClassVar[int] = 0  # captures that failed in this process
 
-    def __init__(self, fn: Callable[..., Any], enabled: bool) -> None:
-        self._fn, self._enabled = fn, enabled
+    def __init__(self, fn: Callable[..., Any], device: torch.device) -> None:
+        """`device`: where the function's tensors are."""
+        self._fn, self._device = fn, device
+        self._enabled = device.type == "cuda"
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._failures_before = 0  # the capture
@@ -72,12 +74,14 @@ class CapturedCall:
             with torch.inference_mode(False):  # tensors of one kind, whatever the caller's mode: compiled code tells them apart
                 self._inputs = tuple(torch.empty_like(value) for value in inputs)
             self._places = places_by_dtype(inputs)
+        assert len(inputs) == len(self._inputs)
         for places in self._places:
             torch._foreach_copy_([self._inputs[place] for place in places], [inputs[place] for place in places])
         if self._failures_before != CapturedCall._failures:
             self._graph = None  # it would draw from the random generator that was replaced since
         if self._graph is None and self._calls > EAGER_CALLS:
-            self._capture()
+            with torch.cuda.device(self._device):
+                self._capture()
         if self._graph is None:
             return tree_map(torch.clone, self._fn(*self._inputs))
         self._graph.replay()

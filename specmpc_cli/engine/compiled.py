@@ -87,7 +87,7 @@ def captured_judge() -> Judge:
             def judged(*given: Tensor) -> Judgement:
                 return judge(model, corrector, metric, GateLimits(*given[: len(limits)]), *given[len(limits) :])
 
-            calls[key] = CapturedCall(judged, enabled=seen[0].is_cuda)
+            calls[key] = CapturedCall(judged, seen[0].device)
         return calls[key](*limits, *seen)  # limits are data to the graph, as to the compiler: rules may differ
 
     return judge_rows

@@ -143,17 +143,18 @@ def iterate(
 
 
 def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of values [B, N] in falling order, and where they were, both [B, count]."""
-    if values.is_cuda:
+    """The `count` largest of values [B, N] in descending order, and their indices, both [B, count]."""
+    if values.is_cuda and torch.compiler.is_compiling():
         return largest_by_rank(values, count)
     largest, index = torch.topk(values, count, dim=1)
     return largest, index
 
 
 def largest_by_rank(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The same by comparing all with all, of equals the first first: two kernels when compiled, where `topk` and its sort are five.
+    """The `count` largest of values [B, N] in descending order, ties by index, and their indices, both [B, count]; no value may be NaN.
 
-    Arguments as above; no value may be NaN.
+    Compares all with all: compiled, that is two short kernels, where `topk` selects, sorts and copies. Eagerly it would hold some
+    tensors [B, N, N].
     """
     position = torch.arange(values.shape[1], device=values.device)
     theirs, ours = values.unsqueeze(1), values.unsqueeze(2)  # [B, 1, N], [B, N, 1]
@@ -196,7 +197,11 @@ def rewards_at_once(model: WorldModel, latents: Sequence[Tensor], actions: Tenso
 
 
 def select(model: WorldModel, z: Tensor, search: Search, exponential: Tensor, action_eps: Tensor | None) -> tuple[Tensor, ...]:
-    """Draws one elite by weight, adds exploration noise if there is any, and predicts the latents it leads through; → a plan's fields."""
+    """Draws one elite by weight, adds exploration noise if there is any, and predicts the latents it leads through.
+
+    z [B, Z], exponential [B, K], action_eps [B, A] or None → the fields of a `Plan`: actions [B, H, A], latents [B, H+1, Z], mean and std
+    [B, H, A], value [B].
+    """
     drawn = (torch.log(search.scores) - torch.log(exponential)).argmax(1)  # [B]
     row = torch.arange(z.shape[0], device=z.device)
     actions, std = search.elites[row, drawn], search.std

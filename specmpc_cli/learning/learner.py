@@ -1,7 +1,7 @@
 """The world model's learner: one update of all networks per call (TD-MPC2, algorithm 2). Knows no environments and no replay.
 
-An update is a pure function of the learner's state, a batch and the update's number: its draws come from torch's default generator, which
-is seeded with (seed, number) first. That is what lets training resume bit for bit from the number alone.
+An update is a pure function of the learner's state, a batch and the update's number: its draws come from torch's default generator of its
+device, the only one that is seeded with (seed, number) first. That is what lets training resume bit for bit from the number alone.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ class Learner:
         self._embedding = None if model.task_emb is None else TaskEmbedding(model.task_emb.weight)
         optional = {"task": self._embedding is not None, "demonstrated": demonstrated}
         self._fields = [name for name in Batch._fields if optional.get(name, True)]  # that batches have
-        self._call = CapturedCall(self._drawn_step, enabled=graph)
+        self._call = CapturedCall(self._drawn_step, runtime.device)
         # Of this device alone: torch.manual_seed queues the seed for every kind of device that is not there, which takes a millisecond.
-        self._generator = torch.cuda.default_generators[torch.cuda.current_device()] if graph else torch.default_generator
+        self._generator = torch.cuda.default_generators[self.scale.device.index] if graph else torch.default_generator
 
     def update(self, batch: Batch) -> UpdateInfo:
         """Update number `updates`, with draws keyed by (seed, number). On CUDA the third one of a process captures a graph."""
@@ -147,7 +147,7 @@ class Learner:
         return self.step(batch, self.draw(*batch.reward.shape))
 
     def draw(self, horizon: int, size: int) -> UpdateNoise:
-        """An update's draws, from torch's default generator."""
+        """An update's draws, all from the default generator of the learner's device."""
         d, device, dropout = self.model.dims, self._runtime.device, self._settings.dropout
         return UpdateNoise(
             td_eps=torch.randn(horizon, size, d.action_dim, device=device),

@@ -30,7 +30,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> tuple[CapturedCall, list[str]]:
         def replay(self) -> None:
             events.append("replay")
             assert call._layout is not None
-            for static, value in zip(call._outputs, call._layout.pack(work(*call._inputs)), strict=True):
+            for static, value in zip(call._outputs, call._layout.pack(call._fn(*call._inputs)), strict=True):
                 static.copy_(value)
 
     def capturing(graph: Graph) -> contextlib.AbstractContextManager[None]:
@@ -39,10 +39,14 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> tuple[CapturedCall, list[str]]:
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the caller's")
     monkeypatch.setattr("specmpc_cli.engine.captured._leave_failed_capture", lambda stream: events.append(f"stream is {stream}"))
-    call = CapturedCall(work, enabled=True)
+    call = CapturedCall(work, CUDA)
     return call, events
+
+
+CUDA = torch.device("cuda")
 
 
 def inputs(number: float) -> tuple[Tensor, Tensor]:
@@ -66,6 +70,24 @@ def test_replays_see_new_inputs_and_leave_earlier_results_alone(captured: tuple[
         assert isinstance(result, Result)
         assert float(result.total) == 3 * number + 3 and torch.equal(result.doubled, torch.full((3,), 2.0 * number))
         assert torch.equal(result.positive, torch.full((3,), number > 0))
+
+
+def test_what_takes_or_gives_nothing_and_what_gives_one_tensor_are_captured_too(captured: tuple[CapturedCall, list[str]]) -> None:
+    call, events = captured
+    seen: list[int] = []
+    call._fn = lambda: (seen.append(0), ())[1]
+    assert all(call() == () for _ in range(EAGER_CALLS + 2))
+    assert events == ["capture", "replay", "replay"] and len(seen) == EAGER_CALLS + 3  # the stand-in computes again on replay
+    with pytest.raises(AssertionError):
+        call(torch.zeros(1))
+
+
+def test_one_tensor_from_inputs_of_several_dtypes(captured: tuple[CapturedCall, list[str]]) -> None:
+    call, events = captured
+    call._fn = lambda x, horizon, limit: x * horizon + limit
+    for number in range(EAGER_CALLS + 2):
+        assert torch.equal(call(torch.ones(2), torch.tensor(number), torch.tensor(0.5)), torch.full((2,), number + 0.5))
+    assert events == ["capture", "replay", "replay"]
 
 
 def test_a_layout_keeps_shapes_and_dtypes_in_one_buffer_each() -> None:
@@ -107,7 +129,7 @@ def test_a_failure_elsewhere_has_a_graph_captured_anew(captured: tuple[CapturedC
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "graph", failing)
-    other = CapturedCall(work, enabled=True)
+    other = CapturedCall(work, CUDA)
     with pytest.warns(UserWarning, match="not captured"):
         for number in range(EAGER_CALLS + 1):
             other(*inputs(number))
@@ -125,19 +147,19 @@ def test_compiled_code_meets_the_tensors_of_the_capture_before_it(captured: tupl
     for number in range(EAGER_CALLS + 1):
         with torch.inference_mode(number != 1):
             call(*inputs(number))
-    assert len(seen) == EAGER_CALLS + 1 and all(given == seen[0] for given in seen)
+    assert len(seen) == EAGER_CALLS + 2 and all(given == seen[0] for given in seen)  # the last is the stand-in's replay
     assert not any(inference for _, inference in seen[0])
 
 
 def test_off_cuda_it_only_calls() -> None:
-    call = CapturedCall(work, enabled=False)
+    call = CapturedCall(work, torch.device("cpu"))
     for number in range(5):
         assert float(call(*inputs(number)).total) == 3 * number + 3
 
 
 @pytest.mark.gpu
 def test_a_real_graph_computes_what_the_function_does() -> None:
-    call = CapturedCall(work, enabled=True)
+    call = CapturedCall(work, CUDA)
     for number in range(6):
         given = tuple(value.cuda() for value in inputs(number))
         assert float(call(*given).total) == 3 * number + 3
@@ -155,13 +177,13 @@ def test_a_real_capture_that_fails_leaves_stream_and_draws_usable() -> None:
         torch.manual_seed(5)
         return call(x).doubled
 
-    before, after = CapturedCall(drawing, enabled=True), CapturedCall(drawing, enabled=True)
+    before, after = CapturedCall(drawing, CUDA), CapturedCall(drawing, CUDA)
 
     def talking_to_the_host(x: Tensor) -> Result:
         drawn = torch.randn(3, device=x.device)
         return Result(drawn.sum() + x.sum().item(), drawn, drawn > 0)
 
-    call, x = CapturedCall(talking_to_the_host, enabled=True), torch.ones(3, device="cuda")
+    call, x = CapturedCall(talking_to_the_host, CUDA), torch.ones(3, device="cuda")
     stream = torch.cuda.current_stream()
     drawn = [seeded(before) for _ in range(EAGER_CALLS + 2)]
     with pytest.warns(UserWarning, match="not captured in a CUDA graph"):

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from specmpc_cli.engine.captured import EAGER_CALLS
 from specmpc_cli.engine.compiled import (
     batch_sizes_for,
     captured_judge,
+    compiled,
     compiled_judge,
     compiled_kernels,
     judge_for,
@@ -28,9 +31,10 @@ from specmpc_cli.engine.compiled import (
 from specmpc_cli.engine.correctors import CORRECTORS, CorrectorDims, build_corrector
 from specmpc_cli.engine.draws import device_draws
 from specmpc_cli.engine.gate import GateRule, limits_of
-from specmpc_cli.engine.planner import EAGER, PlannerSettings
+from specmpc_cli.engine.planner import EAGER, PlannerSettings, Search, select
 from specmpc_cli.engine.runner import judge
 from specmpc_cli.errors import ConfigError
+from specmpc_cli.types import Plan
 from tests.conftest import make_model
 
 SMALL = PlannerSettings(discount=0.99, iterations=2, num_samples=32, num_elites=8, num_pi_trajs=4)
@@ -104,9 +108,9 @@ def test_a_captured_judgement_has_a_graph_for_each_number_of_rows_and_sees_new_l
     graphs = []
 
     class Replaying:
-        def __init__(self, fn: Callable[..., Any], enabled: bool) -> None:
+        def __init__(self, fn: Callable[..., Any], device: torch.device) -> None:
             self.fn, self.inputs = fn, ()
-            assert not enabled, "on a CPU nothing is captured"
+            assert device.type == "cpu", "where nothing is captured"
 
         def __call__(self, *inputs: torch.Tensor) -> Any:
             if not self.inputs:
@@ -198,18 +202,76 @@ def test_a_gpu_plans_many_rows_at_once_and_a_cpu_one() -> None:
 
 
 @pytest.mark.gpu
-def test_captured_plans_on_a_gpu_are_the_eager_ones() -> None:
+@pytest.mark.filterwarnings("error:not captured")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("refined", [False, True])
+def test_captured_plans_on_a_gpu_are_the_eager_ones(dtype: torch.dtype, refined: bool) -> None:
     """Before and after the capture, for both batch sizes, with new weights each time, whose taking over is captured too."""
     model = make_model().cuda()
-    z, warm = model.encode(torch.randn(5, 4).cuda()), torch.zeros(5, 3, 2).cuda()
-    captured = BatchedPlanner(model, SMALL, batch_sizes=(1, 4), draws=device_draws)
-    for number in range(EAGER_CALLS + 3):
-        keys = torch.arange(5).cuda(), torch.full((5,), number).cuda()
-        with torch.no_grad():
-            model.reward_net[0].weight.mul_(1.5)
-        captured.refresh()
-        fresh = BatchedPlanner(model, SMALL, batch_sizes=(1, 4), draws=device_draws)  # never called often enough to capture
-        torch.testing.assert_close(captured(z, warm, *keys).mean, fresh(z, warm, *keys).mean, rtol=0, atol=1e-5)
+    z, warm = torch.rand(5, 16).cuda(), torch.zeros(5, 3, 2).cuda()
+
+    def make() -> tuple[BatchedPlanner, BatchedPlanner]:
+        first = BatchedPlanner(model, SMALL, batch_sizes=(1, 4), dtype=dtype, draws=device_draws)
+        return first, first.refining(1, 0.5) if refined else first
+
+    first, captured = make()
+    means = []
+    keys = torch.arange(5).cuda(), torch.full((5,), 7).cuda()
+    for _ in range(EAGER_CALLS + 3):
+        with torch.no_grad():  # of layers that no LayerNorm follows, or whose softmax feels it
+            model.reward_net[-1].weight.add_(0.1 * torch.randn_like(model.reward_net[-1].weight))
+            model.dynamics[-1].ln.weight.mul_(1.5)
+        first.refresh()
+        _, fresh = make()  # never called often enough to capture
+        with torch.inference_mode():
+            found, expected = captured(z, warm, *keys), fresh(z, warm, *keys)
+        for field in fields(Plan):
+            torch.testing.assert_close(getattr(found, field.name), getattr(expected, field.name), rtol=1e-5, atol=1e-5)
+        means.append(found.mean)
+    assert first._refresh._graph is not None and captured._calls[1]._graph is not None
+    assert all((one - other).abs().max() > 1e-3 for one, other in pairwise(means)), "new weights must matter"
+
+
+@pytest.mark.gpu
+@pytest.mark.compiler
+@pytest.mark.filterwarnings("error:not captured")
+@pytest.mark.parametrize("explore", [False, True])
+def test_compiled_and_captured_plans_on_a_gpu_are_the_eager_ones(explore: bool) -> None:
+    """Of a model that is being trained: its parameters want gradients, and its copy plans."""
+    model = make_model().cuda().requires_grad_(True).train()
+    z, warm = torch.rand(5, 16).cuda(), torch.zeros(5, 3, 2).cuda()
+    eager, compiled = (
+        BatchedPlanner(model, SMALL, batch_sizes=(1, 4), kernels=kernels, explore=explore, draws=device_draws)
+        for kernels in (EAGER, compiled_kernels())
+    )
+    with torch.inference_mode():
+        for number in range(EAGER_CALLS + 3):
+            keys = torch.arange(5).cuda(), torch.full((5,), number).cuda()
+            found, expected = compiled(z, warm, *keys), eager(z, warm, *keys)
+            for field in fields(Plan):
+                torch.testing.assert_close(getattr(found, field.name), getattr(expected, field.name), rtol=1e-4, atol=1e-4)
+    assert compiled._calls[4]._graph is not None
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("explore", [False, True])
+def test_a_compiled_selection_is_the_eager_one(explore: bool) -> None:
+    """As a GPU has it; on a CPU plans take the eager one."""
+    torch.manual_seed(3)
+    model, rows, kept = make_model(), 3, SMALL.num_elites
+    scores = torch.rand(rows, kept)
+    search = Search(
+        mean=torch.rand(rows, 3, 2),
+        std=torch.rand(rows, 3, 2),
+        elites=torch.rand(rows, kept, 3, 2) * 2 - 1,
+        scores=scores / scores.sum(1, keepdim=True),
+        elite_values=torch.randn(rows, kept),
+        values=torch.randn(rows, SMALL.num_samples),
+    )
+    given = torch.rand(rows, 16), search, torch.rand(rows, kept), torch.randn(rows, 2) if explore else None
+    with torch.inference_mode():
+        for ours, theirs in zip(compiled(select)(model, *given), select(model, *given), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("given", [None, "elsewhere"])
