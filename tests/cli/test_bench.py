@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +12,7 @@ from specmpc_cli.engine.planner import EAGER, Kernels
 from specmpc_cli.engine.runner import judge
 from specmpc_cli.engine.world_model import MODEL_SIZES
 from specmpc_cli.runtime import choose_runtime
-from specmpc_cli.workflows.benchmark import WHAT, benchmark, machine_name
+from specmpc_cli.workflows.benchmark import WHAT, benchmark, machine_name, peak_gflops
 from tests.cli.conftest import Command
 
 ROW = {"what", "size", "batch", "ours_ms", "plain_ms", "ratio", "floor_ms", "gflop", "pairs", "compiled"}
@@ -34,6 +37,31 @@ def test_each_row_pairs_both_paths_and_counts_the_products() -> None:
     by_name = {row["what"]: row for row in report["rows"]}
     assert by_name["batch"]["gflop"] == pytest.approx(by_name["batch"]["batch"] * by_name["plan"]["gflop"])
     assert by_name["update"]["batch"] == 256 and by_name["step"]["gflop"] < by_name["plan"]["gflop"] / 10
+
+
+def test_floors_are_at_the_highest_speed_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = iter([3.0, 8.0, 5.0])
+    monkeypatch.setattr("specmpc_cli.workflows.benchmark.peak_gflops", lambda runtime, dtype: next(speeds))
+    report = benchmark(choose_runtime("cpu", "fp32"), [1], ["plan", "update", "step"], seconds=0.0)
+    assert report["peak_gflops"] == 8.0
+    for row in report["rows"]:
+        assert row["floor_ms"] == pytest.approx(row["gflop"] / 8.0 * 1e3)
+
+
+@pytest.mark.compiler
+def test_our_own_product_counts_among_the_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECMPC_COMPILE", "1")
+    timed = []
+
+    def timing(product: Callable[[], torch.Tensor], multiplications: int, device: torch.device) -> float:
+        timed.append((tuple(product().shape), multiplications))
+        return float(len(timed))
+
+    monkeypatch.setattr("specmpc_cli.workflows.benchmark._gflops", timing)
+    runtime = choose_runtime("cpu", "fp32")
+    assert peak_gflops(runtime, torch.float32) == 2.0
+    assert timed == [((64, 64), 64**3), ((64, 16), 64 * 16**2)]
+    assert peak_gflops(replace(runtime, compiled=False), torch.float32) == 3.0
 
 
 def test_the_count_of_products_is_the_planners(monkeypatch: pytest.MonkeyPatch) -> None:
