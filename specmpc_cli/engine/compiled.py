@@ -47,7 +47,7 @@ def compiled_kernels() -> Kernels:
     select_compiled = compiled(select)
 
     def select_on(model: WorldModel, z: Tensor, *found: Any) -> tuple[Tensor, ...]:
-        # A CPU would gain less than its longer start costs; on a GPU these are a hundred launches.
+        # A CPU would gain less than its longer start costs; on a GPU these are dozens of kernels.
         return (select_compiled if z.is_cuda else select)(model, z, *found)
 
     return Kernels(compiled(prior_actions), compiled(iterate), select_on, packed=True)

@@ -86,7 +86,7 @@ def benchmark(
     Args:
         seconds: how long a row's counted runs take, both paths together; 6 if left out.
         on_prepare: told a size before its kernels are compiled.
-        on_row: told each row as it is measured.
+        on_row: told each row as it is measured, before its floor is known.
     """
     peaks: dict[torch.dtype, float] = {}  # the highest so far
     notes, rows = [], []
@@ -101,12 +101,12 @@ def benchmark(
         for case in cases:
             for dtype in {runtime.dtype, _dtype_of(case.what, runtime)}:  # before each row, because clocks waver
                 peaks[dtype] = max(peaks.get(dtype, 0.0), peak_gflops(runtime, dtype))
-            row = measure(case, runtime, peaks[_dtype_of(case.what, runtime)], _SECONDS if seconds is None else seconds)
+            row = measure(case, runtime, _SECONDS if seconds is None else seconds)
             rows.append(row)
             if on_row:
                 on_row(row)
     for row in rows:
-        row["floor_ms"] = _floor_ms(row["gflop"], peaks[_dtype_of(row["what"], runtime)])
+        row["floor_ms"] = row["gflop"] / peaks[_dtype_of(row["what"], runtime)] * 1e3
     return {
         "schema": 1,
         "device": runtime.device.type,
@@ -259,8 +259,8 @@ class Subject:
         )
 
 
-def measure(case: Case, runtime: Runtime, peak: float, seconds: float) -> dict[str, Any]:
-    """A row of the report: medians of interleaved runs, warm-up left out."""
+def measure(case: Case, runtime: Runtime, seconds: float) -> dict[str, Any]:
+    """A row of the report but for its floor: medians of interleaved runs, warm-up left out."""
     watch = Stopwatch(runtime.device)
     times: dict[str, list[float]] = {"ours": [], "plain": []}
     spent, pairs = 0.0, -_WARM_UP
@@ -284,7 +284,6 @@ def measure(case: Case, runtime: Runtime, peak: float, seconds: float) -> dict[s
         "ours_ms": ours,
         "plain_ms": plain,
         "ratio": plain / ours,
-        "floor_ms": _floor_ms(gflop, peak),
         "gflop": gflop,
         "pairs": pairs,
         "compiled": runtime.compiled,
@@ -294,10 +293,6 @@ def measure(case: Case, runtime: Runtime, peak: float, seconds: float) -> dict[s
 def _dtype_of(what: str, runtime: Runtime) -> torch.dtype:
     """Of a row's products: a controller's step is computed in fp32."""
     return torch.float32 if what == "step" else runtime.dtype
-
-
-def _floor_ms(gflop: float, peak: float) -> float:
-    return gflop / peak * 1e3
 
 
 @torch.inference_mode()
