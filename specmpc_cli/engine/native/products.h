@@ -9,10 +9,13 @@
 #include "rows.h"
 
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
-#ifdef __AMX_BF16__
+#ifdef __AVX512BF16__
 #include <immintrin.h>
+#endif
+#ifdef __AMX_BF16__
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -127,12 +130,18 @@ class Fp32Product {
   }
 };
 
-// bf16 with sums in fp32, as AMX computes: tiles of 16 rows × 32 inputs, of which 2 × 2 are held at a time.
+// bf16 with sums in fp32. Two inputs of an output lie side by side, as every processor that multiplies bf16 wants them: in AMX's tiles of
+// 16 rows × 32 inputs, of which 2 × 2 are held at a time, or in vector registers, where an instruction takes a pair of inputs.
 class Bf16Product {
  public:
   using Weight = at::BFloat16;
 
-  static constexpr int64_t kRows = 32, kOutputs = 32, kInputs = 32;
+#ifdef __AMX_BF16__
+  static constexpr int64_t kRows = 32, kInputs = 32;
+#else
+  static constexpr int64_t kRows = 8, kInputs = 2;
+#endif
+  static constexpr int64_t kOutputs = 32;
   static constexpr int64_t kBlockRows = 64;
 
   explicit Bf16Product(int64_t in, int64_t out) : in_(in), out_(out), padded_in_(round_up(in, kInputs)) {}
@@ -141,49 +150,136 @@ class Bf16Product {
   int64_t panels() const { return padded_outputs() / kOutputs; }
   int64_t packed_size() const { return padded_outputs() * padded_in_; }
 
-  // A panel is a row of pairs of tiles; in a tile the two inputs of a pair lie side by side, and the 16 outputs of a pair.
+  // A panel has, for each pair of inputs, the pairs of all its outputs.
   void pack(const at::BFloat16* weight, int64_t step, int64_t panel, at::BFloat16* packed) const {
+    constexpr int64_t kSome = 32;  // inputs of each output in turn: what is written meanwhile stays in the first cache
     at::BFloat16* to = packed + panel * kOutputs * padded_in_;
-    std::vector<at::BFloat16> row(padded_in_, at::BFloat16(0.0f));
-    for (int64_t j = 0; j < kOutputs; ++j) {
-      const int64_t output = panel * kOutputs + j;
-      if (output < out_) {
-        std::copy_n(weight + output * step, in_, row.begin());
-      } else {
-        std::fill(row.begin(), row.end(), at::BFloat16(0.0f));
-      }
-      for (int64_t pair = 0; pair < padded_in_ / 2; ++pair) {
-        std::memcpy(to + pair / 16 * 2 * kTile + j / 16 * kTile + pair % 16 * 32 + j % 16 * 2, &row[2 * pair], 2 * sizeof(at::BFloat16));
+    std::fill_n(to, kOutputs * padded_in_, at::BFloat16(0.0f));
+    for (int64_t from = 0; from < in_; from += kSome) {
+      const int64_t end = std::min(from + kSome, in_);
+      for (int64_t j = 0; j < std::min(kOutputs, out_ - panel * kOutputs); ++j) {
+        const at::BFloat16* output = weight + (panel * kOutputs + j) * step;
+        for (int64_t k = from; k < end; ++k) to[k / 2 * kPanelStep + 2 * j + k % 2] = output[k];
       }
     }
   }
 
   // `count` rows, `step` apart, fp32 or bf16, of all inputs but the first `skipped` → sums [count, padded_outputs()], behind which there is
-  // room up to a multiple of kRows. With the tiles of this machine where it has them.
+  // room up to a multiple of kRows. With the instructions of this machine where it has them.
   template <typename Input>
   void multiply(const Input* x, int64_t step, int64_t count, int64_t skipped, const at::BFloat16* packed, float* sums) const {
-    const int64_t first = skipped / kInputs, depth = padded_in_ / kInputs - first;
-    static thread_local Scratch<at::BFloat16> scratch;
-    at::BFloat16* row = scratch.at_least((kBlockRows + 1) * depth * kInputs);  // one row in bf16, with zeros before and behind
-    at::BFloat16* tiles = row + depth * kInputs;  // all rows, 16 by 16 and so many inputs, as the weights are
-    std::fill_n(row, depth * kInputs, at::BFloat16(0.0f));
-    for (int64_t r = 0; r < count; ++r) {
-      copy(x + r * step, in_ - skipped, row + skipped % kInputs);
-      for (int64_t s = 0; s < depth; ++s) {
-        std::copy_n(row + s * kInputs, kInputs, tiles + (r / 16 * depth + s) * kTile + r % 16 * kInputs);
-      }
-    }
+    const int64_t first = skipped / kInputs * kInputs, depth = padded_in_ - first;
+    const Operand rows = operand(x, step, count, skipped - first, depth);
+    const at::BFloat16* weights = packed + first * kOutputs;
 #ifdef __AMX_BF16__
-    if (fast()) {
+    if (has_tiles()) {
       const Session session;
-      return multiply_tiles(hardware_tiles, tiles, count, first, packed, sums);
+      return multiply_by(in_tiles, rows, count, depth, weights, sums);
     }
 #endif
-    multiply_tiles(plain_tiles, tiles, count, first, packed, sums);
+#ifdef __AVX512BF16__
+    multiply_by(in_vectors, rows, count, depth, weights, sums);
+#else
+    multiply_by(in_plain_loops, rows, count, depth, weights, sums);
+#endif
   }
 
-  // Whether this machine multiplies so; asks the system for the tiles, and tries them.
+  // Whether this machine has instructions for such products.
   static bool fast() {
+#ifdef __AVX512BF16__
+    return true;
+#else
+    return has_tiles();
+#endif
+  }
+
+ private:
+  static constexpr int64_t kPanelStep = 2 * kOutputs;  // from one pair of inputs to the next
+
+  struct Operand {
+    const at::BFloat16* x;
+    int64_t step;
+  };
+
+  int64_t in_, out_, padded_in_;
+
+  // Rows of `depth` inputs, a multiple of kRows of them: as they are, or copied, with zeros for the first `lacking` inputs and the last ones.
+  template <typename Input>
+  Operand operand(const Input* x, int64_t step, int64_t count, int64_t lacking, int64_t depth) const {
+    const int64_t given = std::min(in_ - (padded_in_ - depth), depth) - lacking;
+    if constexpr (std::is_same_v<Input, at::BFloat16>) {
+      if (given == depth && count % kRows == 0) return {x, step};
+    }
+    static thread_local Scratch<at::BFloat16> scratch;
+    at::BFloat16* rows = scratch.at_least(kBlockRows * depth);
+    for (int64_t r = 0; r < count; ++r) {
+      at::BFloat16* to = rows + r * depth;
+      std::fill_n(to, lacking, at::BFloat16(0.0f));
+      copy(x + r * step, given, to + lacking);
+      std::fill(to + lacking + given, to + depth, at::BFloat16(0.0f));
+    }
+    return {rows, depth};
+  }
+
+  static void copy(const at::BFloat16* from, int64_t count, at::BFloat16* to) { std::copy_n(from, count, to); }
+  static void copy(const float* from, int64_t count, at::BFloat16* to) {
+#pragma omp simd
+    for (int64_t k = 0; k < count; ++k) to[k] = from_float<at::BFloat16>(from[k]);
+  }
+
+  template <typename Tile>
+  void multiply_by(Tile tile, const Operand& rows, int64_t count, int64_t depth, const at::BFloat16* weights, float* sums) const {
+    for (int64_t panel = 0; panel < panels(); ++panel) {
+      for (int64_t r = 0; r < count; r += kRows) {
+        float* to = sums + r * padded_outputs() + panel * kOutputs;
+        tile({rows.x + r * rows.step, rows.step}, weights + panel * kOutputs * padded_in_, depth, to, padded_outputs());
+      }
+    }
+  }
+
+  // kRows rows of `depth` inputs with one panel of weights → kOutputs sums of each row, `step` apart.
+  static void in_plain_loops(const Operand& rows, const at::BFloat16* panel, int64_t depth, float* sums, int64_t step) {
+    for (int64_t r = 0; r < kRows; ++r) {
+      float total[kOutputs] = {};
+      for (int64_t k = 0; k < depth; ++k) {
+        const float value = to_float(rows.x[r * rows.step + k]);
+        const at::BFloat16* weights = panel + k / 2 * kPanelStep + k % 2;
+        for (int64_t j = 0; j < kOutputs; ++j) total[j] += value * to_float(weights[2 * j]);
+      }
+      std::copy(total, total + kOutputs, sums + r * step);
+    }
+  }
+
+#ifdef __AVX512BF16__
+  // As in_plain_loops; an instruction adds a pair's products for 16 outputs.
+  static void in_vectors(const Operand& rows, const at::BFloat16* panel, int64_t depth, float* sums, int64_t step) {
+    constexpr int64_t kHeld = 8, kLanes = 16;  // rows and outputs whose sums fill half of the registers
+    for (int64_t first = 0; first < kRows; first += kHeld) {
+      const at::BFloat16* x = rows.x + first * rows.step;
+      __m512 sum[kHeld][2] = {};
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < depth; k += 2) {
+        const at::BFloat16* weights = panel + k / 2 * kPanelStep;
+        const __m512bh left = (__m512bh)_mm512_loadu_si512(weights), right = (__m512bh)_mm512_loadu_si512(weights + 2 * kLanes);
+        for (int64_t r = 0; r < kHeld; ++r) {
+          int32_t pair;
+          std::memcpy(&pair, x + r * rows.step + k, sizeof(pair));
+          const __m512bh everywhere = (__m512bh)_mm512_set1_epi32(pair);
+          sum[r][0] = _mm512_dpbf16_ps(sum[r][0], left, everywhere);
+          sum[r][1] = _mm512_dpbf16_ps(sum[r][1], right, everywhere);
+        }
+      }
+      for (int64_t r = 0; r < kHeld; ++r) {
+        float* to = sums + (first + r) * step;
+        _mm512_storeu_ps(to, sum[r][0]);
+        _mm512_storeu_ps(to + kLanes, sum[r][1]);
+      }
+    }
+  }
+#endif
+
+  // Whether there are tiles: the system grants them, and they compute what they should.
+  static bool has_tiles() {
     static const bool found = [] {
 #ifdef __AMX_BF16__
       constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl's ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -193,42 +289,6 @@ class Bf16Product {
 #endif
     }();
     return found;
-  }
-
- private:
-  static constexpr int64_t kTile = 16 * kInputs;  // elements
-
-  int64_t in_, out_, padded_in_;
-
-  static void copy(const at::BFloat16* from, int64_t count, at::BFloat16* to) { std::copy_n(from, count, to); }
-  static void copy(const float* from, int64_t count, at::BFloat16* to) {
-#pragma omp simd
-    for (int64_t k = 0; k < count; ++k) to[k] = from_float<at::BFloat16>(from[k]);
-  }
-
-  template <typename Tiles>
-  void multiply_tiles(Tiles tiles, const at::BFloat16* x, int64_t count, int64_t first, const at::BFloat16* packed, float* sums) const {
-    const int64_t depth = padded_in_ / kInputs - first;
-    for (int64_t panel = 0; panel < panels(); ++panel) {
-      const at::BFloat16* weights = packed + panel * kOutputs * padded_in_ + first * kInputs * kOutputs;
-      for (int64_t r = 0; r < count; r += kRows) {
-        tiles(x + r / 16 * depth * kTile, weights, depth, sums + r * padded_outputs() + panel * kOutputs, padded_outputs());
-      }
-    }
-  }
-
-  // 32 rows of x, in two rows of `depth` tiles, with one panel of weights, in `depth` pairs of tiles → 32 sums of 32 rows, `step` apart.
-  static void plain_tiles(const at::BFloat16* x, const at::BFloat16* panel, int64_t depth, float* sums, int64_t step) {
-    for (int64_t r = 0; r < kRows; ++r) {
-      float total[kOutputs] = {};
-      for (int64_t k = 0; k < depth * kInputs; ++k) {
-        const int64_t s = k / kInputs, within = k % kInputs;
-        const float value = to_float(x[(r / 16 * depth + s) * kTile + r % 16 * kInputs + within]);
-        const at::BFloat16* weights = panel + 2 * s * kTile + within / 2 * 32 + within % 2;
-        for (int64_t j = 0; j < kOutputs; ++j) total[j] += value * to_float(weights[j / 16 * kTile + j % 16 * 2]);
-      }
-      std::copy(total, total + kOutputs, sums + r * step);
-    }
   }
 
 #ifdef __AMX_BF16__
@@ -252,39 +312,43 @@ class Bf16Product {
   // The compiler's tile instructions do not say what they read: it must have been written.
   static void in_memory(const void* data) { asm volatile("" : : "r"(data) : "memory"); }
 
-  // As plain_tiles; needs a Session.
-  static void hardware_tiles(const at::BFloat16* x, const at::BFloat16* panel, int64_t depth, float* sums, int64_t step) {
-    in_memory(x);
+  // As in_plain_loops; needs a Session.
+  static void in_tiles(const Operand& rows, const at::BFloat16* panel, int64_t depth, float* sums, int64_t step) {
+    constexpr int64_t kTile = 16, kPanelBytes = kPanelStep * sizeof(at::BFloat16);
+    const at::BFloat16 *upper = rows.x, *lower = rows.x + kTile * rows.step;
+    const int64_t row_bytes = rows.step * sizeof(at::BFloat16), sum_bytes = step * sizeof(float);
+    in_memory(rows.x);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t s = 0; s < depth; ++s) {
-      _tile_loadd(4, x + s * kTile, 64);
-      _tile_loadd(5, x + (depth + s) * kTile, 64);
-      _tile_loadd(6, panel + 2 * s * kTile, 64);
-      _tile_loadd(7, panel + (2 * s + 1) * kTile, 64);
+    for (int64_t k = 0; k < depth; k += kInputs) {
+      const at::BFloat16* weights = panel + k * kOutputs;
+      _tile_loadd(4, upper + k, row_bytes);
+      _tile_loadd(5, lower + k, row_bytes);
+      _tile_loadd(6, weights, kPanelBytes);
+      _tile_loadd(7, weights + 2 * kTile, kPanelBytes);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, sums, step * sizeof(float));
-    _tile_stored(1, sums + 16, step * sizeof(float));
-    _tile_stored(2, sums + 16 * step, step * sizeof(float));
-    _tile_stored(3, sums + 16 * step + 16, step * sizeof(float));
+    _tile_stored(0, sums, sum_bytes);
+    _tile_stored(1, sums + kTile, sum_bytes);
+    _tile_stored(2, sums + kTile * step, sum_bytes);
+    _tile_stored(3, sums + kTile * step + kTile, sum_bytes);
     in_memory(sums);
   }
 
   static bool tiles_are_right() {
-    constexpr int64_t kDepth = 2;
-    std::vector<at::BFloat16> x(2 * kDepth * kTile), panel(2 * kDepth * kTile);
+    constexpr int64_t kDepth = 2 * kInputs;
+    std::vector<at::BFloat16> x(kRows * kDepth), panel(kOutputs * kDepth);
     for (size_t i = 0; i < x.size(); ++i) x[i] = from_float<at::BFloat16>(static_cast<float>(i * 37 % 23) - 11.0f);
     for (size_t i = 0; i < panel.size(); ++i) panel[i] = from_float<at::BFloat16>(static_cast<float>(i * 29 % 19) - 9.0f);
     std::vector<float> ours(kRows * kOutputs), plain(kRows * kOutputs);  // small integers: every sum is exact
     const Session session;
-    hardware_tiles(x.data(), panel.data(), kDepth, ours.data(), kOutputs);
-    plain_tiles(x.data(), panel.data(), kDepth, plain.data(), kOutputs);
+    in_tiles({x.data(), kDepth}, panel.data(), kDepth, ours.data(), kOutputs);
+    in_plain_loops({x.data(), kDepth}, panel.data(), kDepth, plain.data(), kOutputs);
     return ours == plain;
   }
 #endif
