@@ -2,16 +2,20 @@
 
 Weights may be stored in bf16: each layer casts its input to the weight's dtype for the matrix product and does everything else
 (LayerNorm, activation) in fp32, so one code path serves exact fp32 and fast bf16. They may also be padded with zeros to sizes that a GPU's
-bf16 products like (`Affine.pad`), or packed for a CPU, where a layer is then one call (`Affine.pack`); what they compute stays the same.
+bf16 products like (`Affine.pad`), or packed for a CPU, where an MLP is then one call (`Stack.pack`); what they compute stays the same.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specmpc_cli.engine.norm_mish import mish, norm_mish, over_rows
+from specmpc_cli.engine.packed import PackedMlp
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -33,30 +37,16 @@ class Affine(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter
     out_dim: int
-    packed: Tensor | None  # the weights again, as engine/native reads them: [size], or [E, size] of E heads
 
     def __init__(self, out_dim: int, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.out_dim = out_dim
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
-        self.register_buffer("packed", None, persistent=False)
         nn.init.trunc_normal_(self.weight, std=0.02)
 
-    def pack(self) -> None:
-        """Packs the weights, or packs them again after they changed. Needs `native.multiplies`; a packed layer keeps no gradients."""
-        assert self.weight.shape[-2] == self.out_dim, "padded weights are a GPU's"
-        self.packed = torch.ops.specmpc.pack_weights(self.weight.detach(), self.packed)
-
-    def in_one_call(
-        self, x: Tensor, packed: Tensor, shift: Tensor, norm: tuple[Tensor, Tensor] | None, activation: Activation = mish
-    ) -> Tensor:
-        """The layer in one call: rows [..., N, in] of two or three axes, or their last features → [..., N, out].
-
-        `shift` [out] or [G, out] is added to the product, `norm` has LayerNorm's weight and bias, if there are to be norm and activation.
-        """
-        assert activation is mish or isinstance(activation, SimNorm), "the kernel knows no other"
-        softmax_size = activation.dim if isinstance(activation, SimNorm) else 0
-        return torch.ops.specmpc.fused_layer(x, packed, self.weight.shape[-1], shift.float(), *(norm or (None, None)), softmax_size)
+    def vectors(self) -> list[Tensor]:
+        """What comes after the product: the bias and, if there is a norm, its weight and bias."""
+        return [self.bias]
 
     def pad(self, multiple: int) -> None:
         """Adds zeros until out and in are multiples of this."""
@@ -85,8 +75,6 @@ class Linear(Affine):
         super().__init__(out_dim, torch.empty(out_dim, in_dim), torch.zeros(out_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
-            return self.in_one_call(x, self.packed, self.bias, None)
         return self.without_padding(F.linear(self.as_input(x), self.weight, self.bias)).float()
 
 
@@ -105,13 +93,14 @@ class NormedLinear(Linear):
         """
         width = 0 if shared is None else shared.shape[-1]
         shift = self.bias if shared is None else F.linear(shared.squeeze(-2).to(self.weight.dtype), self._columns(0, width), self.bias)
-        if self.packed is not None:
-            return self.in_one_call(x, self.packed, shift, (self.ln.weight, self.ln.bias), self.activation)
         own = self._columns(width, self.weight.shape[1])
         y, shift = self.without_padding(F.linear(widened(x.to(own.dtype), own.shape[1]), own)), self.without_padding(shift)
         if self.activation is mish:
             return norm_mish(y, shift, self.ln.weight, self.ln.bias)
         return self.activation(self.ln(y.float() + over_rows(shift).float()))
+
+    def vectors(self) -> list[Tensor]:
+        return [self.bias, self.ln.weight, self.ln.bias]
 
     def _columns(self, first: int, last: int) -> Tensor:
         """The weights of some inputs."""
@@ -122,12 +111,43 @@ class NormedLinear(Linear):
         return columns.contiguous() if columns.dtype is torch.bfloat16 and columns.device.type == "cpu" else columns
 
 
-def mlp(in_dim: int, hidden: Sequence[int], out_dim: int, last: Activation | None = None) -> nn.Sequential:
+class Stack(nn.ModuleList):
+    """Layers, each of which takes what the one before it made; a CPU may compute them in one call."""
+
+    packed: PackedMlp | None = None
+    last: Activation | None = None  # what the last layer ends with
+
+    def pack(self) -> None:
+        """Packs the weights, or packs them again after they changed. Needs `native.multiplies`; what is packed keeps no gradients."""
+        layers = cast(list[Affine], list(self))
+        assert all(layer.weight.shape[-2] == layer.out_dim for layer in layers), "padded weights are a GPU's"
+        vectors = [vector.detach() for layer in layers for vector in layer.vectors()]
+        values = [layer.weight.detach() for layer in layers], vectors
+        if self.packed is None:
+            self.packed = PackedMlp(*values, self.last.dim if isinstance(self.last, SimNorm) else 0)
+        else:
+            self.packed.renew(*values)
+
+
+class Mlp(Stack):
     """Normed hidden layers and a last layer: plain, or normed with the activation `last`."""
-    dims = [in_dim, *hidden]
-    layers: list[nn.Module] = [NormedLinear(i, o) for i, o in zip(dims, dims[1:], strict=False)]
-    layers.append(NormedLinear(dims[-1], out_dim, last) if last else Linear(dims[-1], out_dim))
-    return nn.Sequential(*layers)
+
+    def __init__(self, in_dim: int, hidden: Sequence[int], out_dim: int, last: SimNorm | None = None) -> None:
+        dims = [in_dim, *hidden]
+        layers: list[nn.Module] = [NormedLinear(i, o) for i, o in zip(dims, dims[1:], strict=False)]
+        layers.append(NormedLinear(dims[-1], out_dim, last) if last else Linear(dims[-1], out_dim))
+        super().__init__(layers)
+        self.last = last
+
+    def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
+        """x [..., N, I] → [..., N, out]. `shared` [..., 1, S] holds leading inputs that all N rows have in common."""
+        if self.packed is not None:
+            return self.packed(x, shared)
+        first, *others = self
+        x = first(x) if shared is None else first(x, shared=shared)
+        for layer in others:
+            x = layer(x)
+        return x
 
 
 class LinearEnsemble(Affine):
@@ -143,9 +163,6 @@ class LinearEnsemble(Affine):
         `head` None: through all heads, [E, N, in] → [E, N, out]; inputs that the heads share may come as [1, N, in].
         `mask` [B, N, out] multiplies the product (dropout).
         """
-        if self.packed is not None:
-            assert mask is None, "dropout is for learning"
-            return self._of_heads(x, head)
         y = self.without_padding(self._product(self.as_input(x), head))
         bias = self.without_padding(self.bias if head is None else self.bias[head])  # [E, out], [out] or [B, out]
         if self.ln is None:
@@ -154,11 +171,8 @@ class LinearEnsemble(Affine):
             return self.ln(y, bias, head)
         return self.ln((y + over_rows(bias)) * mask, None, head)
 
-    def _of_heads(self, x: Tensor, head: int | Tensor | None) -> Tensor:
-        heads = slice(None) if head is None else head
-        assert self.packed is not None
-        norm = None if self.ln is None else (self.ln.weight[heads], self.ln.bias[heads])
-        return self.in_one_call(x, self.packed[heads], self.bias[heads], norm)
+    def vectors(self) -> list[Tensor]:
+        return [self.bias] if self.ln is None else [self.bias, self.ln.weight, self.ln.bias]
 
     def _product(self, x: Tensor, head: int | Tensor | None) -> Tensor:
         """Without the bias."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from specmpc_cli.engine import native
-from specmpc_cli.engine.layers import Affine, Linear, LinearEnsemble, SimNorm, mlp
+from specmpc_cli.engine.layers import Affine, Linear, LinearEnsemble, Mlp, SimNorm, Stack
 from specmpc_cli.engine.twohot import two_hot_inv
 
 LOG_STD_RANGE = (-10.0, 2.0)  # of the policy prior
@@ -71,7 +71,7 @@ class QEnsemble(nn.Module):
     def __init__(self, num_q: int, in_dim: int, hidden: int, num_bins: int) -> None:
         super().__init__()
         self.num_q = num_q
-        self.layers = nn.ModuleList(
+        self.layers = Stack(
             [
                 LinearEnsemble(num_q, in_dim, hidden, normed=True),
                 LinearEnsemble(num_q, hidden, hidden, normed=True),
@@ -84,6 +84,9 @@ class QEnsemble(nn.Module):
 
         `mask` multiplies the first layer's features (dropout, while training).
         """
+        if self.layers.packed is not None:
+            assert mask is None, "dropout is for learning"
+            return self.layers.packed(x, head=head)
         first, *rest = self.layers
         x = first(x, head, mask)
         for layer in rest:
@@ -108,16 +111,16 @@ class WorldModel(nn.Module):
     def __init__(self, dims: WorldModelDims) -> None:
         super().__init__()
         self.dims = d = dims
-        self._packed: list[Affine] = []
+        self._packed: list[Stack] = []
         simnorm = SimNorm(d.simnorm_dim)
         hidden = [d.mlp_dim, d.mlp_dim]
         z = d.latent_dim + d.task_dim
         za = z + d.action_dim
-        self.encoder = mlp(d.obs_dim + d.task_dim, [d.enc_dim] * max(d.num_enc_layers - 1, 1), d.latent_dim, simnorm)
-        self.dynamics = mlp(za, hidden, d.latent_dim, simnorm)
-        self.reward_net = mlp(za, hidden, d.num_bins)
-        self.termination_net = mlp(z, hidden, 1) if d.episodic else None
-        self.pi_net = mlp(z, hidden, 2 * d.action_dim)
+        self.encoder = Mlp(d.obs_dim + d.task_dim, [d.enc_dim] * max(d.num_enc_layers - 1, 1), d.latent_dim, simnorm)
+        self.dynamics = Mlp(za, hidden, d.latent_dim, simnorm)
+        self.reward_net = Mlp(za, hidden, d.num_bins)
+        self.termination_net = Mlp(z, hidden, 1) if d.episodic else None
+        self.pi_net = Mlp(z, hidden, 2 * d.action_dim)
         self.q = QEnsemble(d.num_q, za, d.mlp_dim, d.num_bins)
         self.q_target = QEnsemble(d.num_q, za, d.mlp_dim, d.num_bins).requires_grad_(False)
         self.task_emb: nn.Embedding | None = None
@@ -256,9 +259,10 @@ class WorldModel(nn.Module):
             if isinstance(layer, Affine):
                 layer.weight.data = layer.weight.data.to(dtype)
                 layer.bias.data = layer.bias.data.to(dtype)
-                layer.packed = None
                 if on_gpu and dtype is torch.bfloat16:
                     layer.pad(8)
+            elif isinstance(layer, Stack):
+                layer.packed = None
         return twin
 
     @torch.inference_mode(False)
@@ -266,11 +270,13 @@ class WorldModel(nn.Module):
         """From now on what plans is computed by kernels of our own, without gradients; nothing changes where there are none for its device
         and dtype.
         """
-        nets = (self.dynamics, self.reward_net, self.termination_net, self.pi_net, self.q)
-        layers = [layer for net in nets if net is not None for layer in net.modules() if isinstance(layer, Affine)]
-        self._packed = [layer for layer in layers if layer.weight.device.type == "cpu" and native.multiplies(layer.weight.dtype)]
-        for layer in self._packed:
-            layer.pack()
+        weight = next(self.dynamics.parameters())
+        if weight.device.type != "cpu" or not native.multiplies(weight.dtype):
+            return
+        nets = (self.dynamics, self.reward_net, self.termination_net, self.pi_net, self.q.layers)
+        self._packed = [net for net in nets if net is not None]
+        for net in self._packed:
+            net.pack()
 
     @torch.no_grad()
     def take_weights(self, source: WorldModel) -> None:
@@ -278,16 +284,12 @@ class WorldModel(nn.Module):
         given: list[Tensor] = list(source.parameters())
         inner = [mine[tuple(map(slice, theirs.shape))] for mine, theirs in zip(self.parameters(), given, strict=True)]
         torch._foreach_copy_(inner, given)
-        for layer in self._packed:
-            layer.pack()
+        for net in self._packed:
+            net.pack()
 
 
-def _on_pairs(net: nn.Sequential, z: Tensor, a: Tensor) -> Tensor:
+def _on_pairs(net: Mlp, z: Tensor, a: Tensor) -> Tensor:
     """net([z, a]); where one z serves many actions, its part of the first layer is computed once."""
     if z.shape[:-1] == a.shape[:-1]:
         return net(torch.cat([z, a], dim=-1))
-    first, *rest = net
-    x = first(a, shared=z)
-    for layer in rest:
-        x = layer(x)
-    return x
+    return net(a, shared=z)

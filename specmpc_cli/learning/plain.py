@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specmpc_cli.engine.layers import Linear, LinearEnsemble, NormedLinear
+from specmpc_cli.engine.layers import Linear, LinearEnsemble, Mlp, NormedLinear
 from specmpc_cli.engine.planner import PlannerNoise, PlannerSettings
 from specmpc_cli.engine.world_model import QEnsemble, WorldModel
 from specmpc_cli.learning.learner import LearnerSettings
@@ -35,7 +35,7 @@ def _layer(weight: Tensor, bias: Tensor, norm: tuple[Tensor, Tensor] | None, act
     return nn.Sequential(*parts)
 
 
-def _mlp(net: nn.Sequential, last: nn.Module | None = None) -> nn.Sequential:
+def _mlp(net: Mlp, last: nn.Module | None = None) -> nn.Sequential:
     """A copy of one of our networks; `last` is the last layer's activation."""
     layers = []
     for index, layer in enumerate(net):

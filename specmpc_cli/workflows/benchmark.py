@@ -25,7 +25,7 @@ from specmpc_cli.engine.captured import CapturedCall
 from specmpc_cli.engine.compiled import draws_for, judge_for
 from specmpc_cli.engine.correctors import CORRECTORS, CorrectorDims, build_corrector
 from specmpc_cli.engine.gate import GateRule
-from specmpc_cli.engine.layers import Linear
+from specmpc_cli.engine.layers import Mlp
 from specmpc_cli.engine.planner import EAGER
 from specmpc_cli.engine.runner import SpeculativeRunner, judge
 from specmpc_cli.engine.world_model import MODEL_SIZES, WorldModel, WorldModelDims
@@ -303,9 +303,10 @@ def peak_gflops(runtime: Runtime, dtype: torch.dtype) -> float:
     rates = [_gflops(lambda: torch.mm(a, a), size**3, device)]
     if runtime.compiled and device.type == "cpu" and native.multiplies(dtype):
         width = size // 4  # a layer's
-        layer = Linear(width, width).to(dtype)
+        layer = Mlp(width, [], width).to(dtype)
         layer.pack()
-        rates.append(_gflops(lambda: layer(a[:, :width]), size * width**2, device))
+        rows = a[:, :width].float()
+        rates.append(_gflops(lambda: layer(rows), size * width**2, device))
     return max(rates)
 
 

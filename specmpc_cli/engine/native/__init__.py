@@ -1,5 +1,5 @@
-"""Kernels of our own for a CPU, in C++: what lies between two products and its gradient (norm_mish.h), and a layer without gradients in one
-call (fused_layer.h).
+"""Kernels of our own for a CPU, in C++: what lies between two products and its gradient (norm_mish.h), and an MLP without gradients in one
+call (fused_mlp.h).
 
 They are built at their first use, in 17 seconds of CPU time, for the machine that they run on, and kept beside the compiler's own cache.
 Where that cannot be done, the formulas that they stand for are computed instead (norm_mish.py, layers.py).
@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def problem() -> str | None:
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether our products of this dtype are fast: in fp32 wherever they are built, in bf16 with AMX."""
+    """Whether our products of this dtype are fast: in fp32 wherever they are built, in bf16 with AMX or AVX512-BF16."""
     return built() and (dtype is torch.float32 or dtype is torch.bfloat16 and torch.ops.specmpc.multiplies_bf16())
 
 
@@ -59,7 +60,7 @@ def _load() -> str | None:
     torch.library.register_fake("specmpc::norm_mish", lambda x, *vectors: _like(x))
     torch.library.register_fake("specmpc::norm_mish_backward", lambda grad, *inputs: tuple(map(_like, inputs)))
     torch.library.register_autograd("specmpc::norm_mish", _backward, setup_context=_remember)
-    torch.library.register_fake("specmpc::fused_layer", _fused_layer_like)
+    torch.library.register_fake("specmpc::fused_mlp", _fused_mlp_like)
     return None
 
 
@@ -82,12 +83,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
     return torch.ops.specmpc.norm_mish_backward(grad, *ctx.saved_tensors)
 
 
-def _fused_layer_like(
-    x: Tensor, packed: Tensor, in_dim: int, shift: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, softmax_size: int
+def _fused_mlp_like(
+    x: Tensor, shared: Tensor | None, packed: Tensor, vectors: Tensor, dims: Sequence[int], softmax_size: int, heads: Tensor | None
 ) -> Tensor:
-    rows = x.shape[-2:-1] if x.dim() == 2 and packed.dim() == 1 else (max(x.shape[:-2].numel(), packed.shape[:-1].numel()), x.shape[-2])
-    after_mish = norm_weight is not None and softmax_size == 0
-    return x.new_empty(*rows, shift.shape[-1], dtype=packed.dtype if after_mish else torch.float32)
+    if x.dim() == 2 and packed.dim() == 1:
+        return x.new_empty(x.shape[0], dims[-1])
+    picked = packed.shape[:-1].numel() if heads is None else heads.shape[0]
+    groups = max(picked, *(rows.shape[:-2].numel() for rows in (x, shared) if rows is not None))
+    return x.new_empty(groups, x.shape[-2], dims[-1])
 
 
 def _build() -> Path:

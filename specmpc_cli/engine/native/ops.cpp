@@ -1,6 +1,6 @@
 // The operators that compiled code calls on a CPU (engine/native/__init__.py builds and loads them).
 
-#include "fused_layer.h"
+#include "fused_mlp.h"
 #include "norm_mish.h"
 
 #include <torch/library.h>
@@ -8,16 +8,14 @@
 TORCH_LIBRARY(specmpc, m) {
   m.def("norm_mish(Tensor x, Tensor shift, Tensor weight, Tensor bias) -> Tensor");
   m.def("norm_mish_backward(Tensor grad, Tensor x, Tensor shift, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("pack_weights(Tensor weight, Tensor(a!)? into) -> Tensor(a!)");
-  m.def(
-      "fused_layer(Tensor x, Tensor packed, int in_dim, Tensor shift, Tensor? norm_weight, Tensor? norm_bias, int softmax_size)"
-      " -> Tensor");
+  m.def("pack_mlp(Tensor[] weights, Tensor(a!)? into) -> Tensor(a!)");
+  m.def("fused_mlp(Tensor x, Tensor? shared, Tensor packed, Tensor vectors, int[] dims, int softmax_size, Tensor? heads) -> Tensor");
   m.def("multiplies_bf16() -> bool", specmpc::Bf16Product::fast);
 }
 
 TORCH_LIBRARY_IMPL(specmpc, CPU, m) {
   m.impl("norm_mish", specmpc::norm_mish);
   m.impl("norm_mish_backward", specmpc::norm_mish_backward);
-  m.impl("pack_weights", specmpc::pack_weights);
-  m.impl("fused_layer", specmpc::fused_layer);
+  m.impl("pack_mlp", specmpc::pack_mlp);
+  m.impl("fused_mlp", specmpc::fused_mlp);
 }

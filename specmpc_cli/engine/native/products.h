@@ -12,10 +12,8 @@
 #include <type_traits>
 #include <vector>
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 #ifdef __AMX_BF16__
+#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -51,7 +49,6 @@ class Fp32Product {
   static constexpr int64_t kLanes = 4, kRows = 6;
 #endif
   static constexpr int64_t kVectors = 2, kOutputs = kLanes * kVectors;
-  static constexpr int64_t kBlockRows = 48;  // of some hundred features; with their sums they stay in the second cache
 
   explicit Fp32Product(int64_t in, int64_t out) : in_(in), out_(out) {}
 
@@ -142,7 +139,6 @@ class Bf16Product {
   static constexpr int64_t kRows = 8, kInputs = 2;
 #endif
   static constexpr int64_t kOutputs = 32;
-  static constexpr int64_t kBlockRows = 64;
 
   explicit Bf16Product(int64_t in, int64_t out) : in_(in), out_(out), padded_in_(round_up(in, kInputs)) {}
 
@@ -211,20 +207,14 @@ class Bf16Product {
       if (given == depth && count % kRows == 0) return {x, step};
     }
     static thread_local Scratch<at::BFloat16> scratch;
-    at::BFloat16* rows = scratch.at_least(kBlockRows * depth);
+    at::BFloat16* rows = scratch.at_least(round_up(count, kRows) * depth);
     for (int64_t r = 0; r < count; ++r) {
       at::BFloat16* to = rows + r * depth;
       std::fill_n(to, lacking, at::BFloat16(0.0f));
-      copy(x + r * step, given, to + lacking);
+      convert(x + r * step, given, to + lacking);
       std::fill(to + lacking + given, to + depth, at::BFloat16(0.0f));
     }
     return {rows, depth};
-  }
-
-  static void copy(const at::BFloat16* from, int64_t count, at::BFloat16* to) { std::copy_n(from, count, to); }
-  static void copy(const float* from, int64_t count, at::BFloat16* to) {
-#pragma omp simd
-    for (int64_t k = 0; k < count; ++k) to[k] = from_float<at::BFloat16>(from[k]);
   }
 
   template <typename Tile>

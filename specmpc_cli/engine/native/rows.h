@@ -11,6 +11,10 @@
 #include <cmath>
 #include <cstdint>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 // A call that the compiler does not inline ends the vectorising of the loop around it.
 #define SPECMPC_INLINED __attribute__((always_inline)) inline
 
@@ -33,6 +37,20 @@ inline at::BFloat16 from_float<at::BFloat16>(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
   return at::BFloat16(static_cast<uint16_t>(x != x ? 0x7fc0u : rounded), at::BFloat16::from_bits());
+}
+
+// `count` values in another type.
+inline void convert(const float* from, int64_t count, float* to) { std::copy_n(from, count, to); }
+inline void convert(const at::BFloat16* from, int64_t count, at::BFloat16* to) { std::copy_n(from, count, to); }
+inline void convert(const float* from, int64_t count, at::BFloat16* to) {
+  int64_t k = 0;
+#ifdef __AVX512BF16__
+  for (; k + 32 <= count; k += 32) {  // the compiler does not find this instruction
+    _mm512_storeu_si512(to + k, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + k + 16), _mm512_loadu_ps(from + k)));
+  }
+#endif
+#pragma omp simd
+  for (int64_t rest = k; rest < count; ++rest) to[rest] = from_float<at::BFloat16>(from[rest]);
 }
 
 // exp(x), to about 1e-6: 2^k · 2^r with |r| <= 1/2, the latter by its Taylor polynomial. From about x = 21 on it stays near 2^30, where
@@ -96,9 +114,15 @@ template <typename In, typename Out>
 inline void norm_mish_row(const In* x, const float* shift, const float* weight, const float* bias, int64_t dim, Out* y) {
   const Moments found = moments(x, shift, dim);
   const float mean = found.mean, inverse_std = found.inverse_std;  // clang takes no structured bindings into simd loops
+  constexpr int64_t kSome = 64;  // at a time, in fp32
+  float some[kSome];
+  for (int64_t first = 0; first < dim; first += kSome) {
+    const int64_t count = std::min(kSome, dim - first);
 #pragma omp simd
-  for (int64_t j = 0; j < dim; ++j) {
-    y[j] = from_float<Out>(mish((to_float(x[j]) + shift[j] - mean) * inverse_std * weight[j] + bias[j]));
+    for (int64_t j = first; j < first + count; ++j) {
+      some[j - first] = mish((to_float(x[j]) + shift[j] - mean) * inverse_std * weight[j] + bias[j]);
+    }
+    convert(some, count, y + first);
   }
 }
 

@@ -1,0 +1,263 @@
+// An MLP in one call: layers with LayerNorm and Mish between products, and a last layer that is plain or has LayerNorm and SimNorm.
+//
+// A thread takes a few dozen rows at a time through all layers, so that sums and features never leave a near cache: beside the products, what
+// a layer computes costs little more than its arithmetic. Without gradients: what a backward pass would need is not kept.
+
+#pragma once
+
+#include "products.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <numeric>
+#include <optional>
+#include <vector>
+
+namespace specmpc {
+
+// y = SimNorm(LayerNorm(x + shift)) of one row, a softmax over each group of neighbouring features; x is overwritten.
+template <int64_t known>
+void norm_softmax_row(float* x, const float* shift, const float* weight, const float* bias, int64_t dim, int64_t given, float* y) {
+  const int64_t size = known ? known : given;
+  const Moments found = moments(x, shift, dim);
+  const float mean = found.mean, inverse_std = found.inverse_std;
+#pragma omp simd
+  for (int64_t j = 0; j < dim; ++j) x[j] = (x[j] + shift[j] - mean) * inverse_std * weight[j] + bias[j];
+  const auto in_group = [size](const float* values, auto combine) {  // pairwise, which a processor does side by side
+    if constexpr (known == 8) {
+      const float* v = values;
+      return combine(combine(combine(v[0], v[4]), combine(v[2], v[6])), combine(combine(v[1], v[5]), combine(v[3], v[7])));
+    } else {
+      return std::accumulate(values + 1, values + size, values[0], combine);
+    }
+  };
+  for (int64_t first = 0; first < dim; first += size) {
+    const float most = in_group(x + first, [](float a, float b) { return a > b ? a : b; });
+    for (int64_t j = 0; j < size; ++j) x[first + j] -= most;
+  }
+#pragma omp simd
+  for (int64_t j = 0; j < dim; ++j) x[j] = exp_for_mish(x[j]);
+  for (int64_t first = 0; first < dim; first += size) {
+    const float inverse = 1.0f / in_group(x + first, [](float a, float b) { return a + b; });
+    for (int64_t j = 0; j < size; ++j) y[first + j] = x[first + j] * inverse;
+  }
+}
+
+template <typename Product>
+at::Tensor pack_for(const std::vector<Rows>& weights, bool grouped, const std::optional<at::Tensor>& into) {
+  using Weight = typename Product::Weight;
+  int64_t size = 0;
+  for (const Rows& weight : weights) size += Product(weight.dim, weight.count).packed_size();
+  const int64_t groups = weights[0].groups;
+  const std::vector<int64_t> shape = grouped ? std::vector<int64_t>{groups, size} : std::vector<int64_t>{size};
+  const at::Tensor packed = into ? *into : at::empty(shape, weights[0].x.options());
+  const bool fits = packed.sizes() == at::IntArrayRef(shape) && packed.scalar_type() == weights[0].x.scalar_type() && packed.is_contiguous();
+  TORCH_CHECK(fits, "pack_mlp: other weights were packed there");
+  Weight* to = packed.data_ptr<Weight>();
+  for (const Rows& weight : weights) {
+    const Product product(weight.dim, weight.count);
+    const int64_t panels = product.panels();
+    at::parallel_for(0, groups * panels, std::max<int64_t>(1, kGrain / weight.dim), [&](int64_t begin, int64_t end) {
+      for_runs(begin, end, panels, [&](int64_t group, int64_t first, int64_t some) {
+        for (int64_t panel = first; panel < first + some; ++panel) {
+          product.pack(weight.of<Weight>(group), weight.step, panel, to + group * size);
+        }
+      });
+    });
+    to += product.packed_size();
+  }
+  return packed;
+}
+
+// The layers' weights, each [out, in] or each [G, out, in] → packed, [size] or [G, size]; into what was packed before, if that is given.
+inline at::Tensor pack_mlp(at::TensorList weights, const std::optional<at::Tensor>& into) {
+  std::vector<Rows> rows;
+  for (const at::Tensor& weight : weights) {
+    TORCH_CHECK(weight.dim() == 2 || weight.dim() == 3, "pack_mlp: weights have two axes, or three with groups");
+    TORCH_CHECK(weight.numel() > 0, "pack_mlp: no weights");
+    const bool alike = weight.scalar_type() == weights[0].scalar_type() && weight.dim() == weights[0].dim();
+    TORCH_CHECK(alike && (weight.dim() == 2 || weight.size(0) == weights[0].size(0)), "pack_mlp: weights of different kinds");
+    TORCH_CHECK(rows.empty() || weight.size(-1) == rows.back().count, "pack_mlp: a layer's inputs are the outputs of the one before");
+    rows.emplace_back(weight);
+  }
+  const bool grouped = weights[0].dim() == 3;
+  if (weights[0].scalar_type() == at::kBFloat16) return pack_for<Bf16Product>(rows, grouped, into);
+  TORCH_CHECK(weights[0].scalar_type() == at::kFloat, "pack_mlp: weights must be fp32 or bf16");
+  return pack_for<Fp32Product>(rows, grouped, into);
+}
+
+// Weights and vectors of one group, layer by layer.
+template <typename Product>
+class Layers {
+ public:
+  using Weight = typename Product::Weight;
+
+  // `vectors` of a layer: what is added to the product; of all but a plain last layer LayerNorm's weight and bias, too.
+  Layers(at::IntArrayRef dims, int64_t softmax_size) : dims_(dims.vec()), softmax_size_(softmax_size) {
+    for (size_t layer = 0; layer + 1 < dims.size(); ++layer) {
+      products_.emplace_back(dims[layer], dims[layer + 1]);
+      widest_ = std::max(widest_, products_.back().padded_outputs());
+      weights_ += products_.back().packed_size();
+      vectors_ += vectors_of(layer) * dims[layer + 1];
+    }
+  }
+
+  int64_t weights() const { return weights_; }
+  int64_t vectors() const { return vectors_; }
+  int64_t dim(size_t layer) const { return dims_[layer]; }
+
+  // That are taken through all layers at a time: so few that with their sums they stay in the second cache, beside weights of a moderate
+  // size; larger ones are better read less often.
+  int64_t block_rows() const {
+    constexpr int64_t kFew = 64, kModerate = 1 << 20;
+    return round_up(weights_ * sizeof(Weight) > kModerate ? 2 * kFew : kFew, Product::kRows);
+  }
+  const Product& first() const { return products_[0]; }
+
+  // `count` rows, at most block_rows(), `step` apart, which lack the first `skipped` inputs; `shift` has what is added to the first
+  // product. → y, rows of the last layer's outputs.
+  void compute(
+      const float* x, int64_t step, int64_t count, int64_t skipped, const Weight* weight, const float* vector, const float* shift, float* y) const {
+    static thread_local Scratch<float> sums_scratch;
+    static thread_local Scratch<Weight> features_scratch;
+    float* sums = sums_scratch.at_least(block_rows() * widest_);
+    Weight* features = features_scratch.at_least(block_rows() * widest_);
+    for (size_t layer = 0; layer < products_.size(); ++layer) {
+      const Product& product = products_[layer];
+      const int64_t dim = dims_[layer + 1], sums_step = product.padded_outputs();
+      if (layer == 0) {
+        product.multiply(x, step, count, skipped, weight, sums);
+      } else {
+        product.multiply(features, dims_[layer], count, 0, weight, sums);
+        shift = vector;
+      }
+      const float *norm_weight = vector + dim, *norm_bias = vector + 2 * dim;
+      for (int64_t r = 0; r < count; ++r) {
+        float* row = sums + r * sums_step;
+        if (!is_last(layer)) {
+          norm_mish_row(row, shift, norm_weight, norm_bias, dim, features + r * dim);
+        } else if (softmax_size_ == 8) {  // TD-MPC2's: known to the compiler, a group is one or two vectors
+          norm_softmax_row<8>(row, shift, norm_weight, norm_bias, dim, softmax_size_, y + r * dim);
+        } else if (softmax_size_ > 0) {
+          norm_softmax_row<0>(row, shift, norm_weight, norm_bias, dim, softmax_size_, y + r * dim);
+        } else {
+#pragma omp simd
+          for (int64_t j = 0; j < dim; ++j) y[r * dim + j] = row[j] + shift[j];
+        }
+      }
+      weight += product.packed_size();
+      vector += vectors_of(layer) * dim;
+    }
+  }
+
+ private:
+  std::vector<int64_t> dims_;
+  std::vector<Product> products_;
+  int64_t softmax_size_, widest_ = 0, weights_ = 0, vectors_ = 0;
+
+  bool is_last(size_t layer) const { return layer + 2 == dims_.size(); }
+  int64_t vectors_of(size_t layer) const { return is_last(layer) && softmax_size_ == 0 ? 1 : 3; }
+};
+
+// Each group's weights and vectors.
+struct Heads {
+  const at::Tensor &packed, &vectors;
+  std::vector<int64_t> of_group;
+
+  template <typename Weight>
+  const Weight* weights(int64_t group) const {
+    return packed.const_data_ptr<Weight>() + of_group[group] * packed.size(-1);
+  }
+  const float* vector(int64_t group) const { return vectors.const_data_ptr<float>() + of_group[group] * vectors.size(-1); }
+};
+
+// `shared`: the leading inputs, which all rows of a group have in common, if `x` lacks them.
+template <typename Product>
+void compute_mlp(const Rows& x, const std::optional<Rows>& shared, const Heads& heads, const Layers<Product>& layers, const Rows& y) {
+  using Weight = typename Product::Weight;
+  const bool fits = heads.packed.size(-1) == layers.weights() && heads.vectors.size(-1) == layers.vectors();
+  TORCH_CHECK(fits, "fused_mlp: weights packed for other sizes");
+  const Product& first = layers.first();
+  const int64_t skipped = shared ? shared->dim : 0, first_dim = layers.dim(1);
+  const auto row_of = [](const Rows& rows, int64_t group, int64_t row) { return rows.of<float>(rows.groups == 1 ? 0 : group, row); };
+  std::vector<float> shifts;  // of the first layer, with what the shared inputs contribute
+  if (shared) {
+    std::vector<float> row(skipped + x.dim), sums(Product::kRows * first.padded_outputs());
+    for (int64_t group = 0; group < y.groups; ++group) {
+      std::copy_n(row_of(*shared, group, 0), skipped, row.begin());
+      first.multiply(row.data(), row.size(), 1, 0, heads.weights<Weight>(group), sums.data());
+      for (int64_t j = 0; j < first_dim; ++j) shifts.push_back(sums[j] + heads.vector(group)[j]);
+    }
+  }
+  const int64_t block_rows = layers.block_rows();
+  const int64_t tiles = (y.count + Product::kRows - 1) / Product::kRows;
+  at::parallel_for(0, y.groups * tiles, std::max<int64_t>(1, kGrain / first_dim / Product::kRows), [&](int64_t begin, int64_t end) {
+    for_runs(begin, end, tiles, [&](int64_t group, int64_t first_tile, int64_t some) {
+      const int64_t last = std::min((first_tile + some) * Product::kRows, y.count);
+      const float *vectors = heads.vector(group), *shift = shared ? shifts.data() + group * first_dim : vectors;
+      for (int64_t row = first_tile * Product::kRows; row < last; row += block_rows) {
+        const int64_t count = std::min(block_rows, last - row);
+        layers.compute(row_of(x, group, row), x.step, count, skipped, heads.weights<Weight>(group), vectors, shift, y.of<float>(group, row));
+      }
+    });
+  });
+}
+
+// Rows x [N, I] or [G, N, I] through layers of these `dims`, the first of which has I inputs; or fewer, when `shared` [1, S] or [G, 1, S] has
+// the leading ones, which all rows have in common. `packed` is pack_mlp's, [size] or [E, size]; `vectors` [V] or [E, V] are, for each layer,
+// what is added to the product and, if it has a norm, LayerNorm's weight and bias. `softmax_size`: SimNorm's in the last layer, 0 if that
+// is plain. `heads` [G]: which of the E each group takes; all in turn, if left out. → [N, out] or [G, N, out]. Rows, vectors and results are
+// fp32; products are computed in the weights' dtype, as are the features between layers.
+inline at::Tensor fused_mlp(
+    const at::Tensor& x,
+    const std::optional<at::Tensor>& shared,
+    const at::Tensor& packed,
+    const at::Tensor& vectors,
+    at::IntArrayRef dims,
+    int64_t softmax_size,
+    const std::optional<at::Tensor>& heads) {
+  const auto is_rows = [](const at::Tensor& rows) { return (rows.dim() == 2 || rows.dim() == 3) && rows.size(-1) > 0; };
+  TORCH_CHECK(is_rows(x) && (!shared || is_rows(*shared)), "fused_mlp: rows have two axes, or three with groups, and features");
+  const bool floats = x.scalar_type() == at::kFloat && vectors.scalar_type() == at::kFloat;
+  TORCH_CHECK(floats && (!shared || shared->scalar_type() == at::kFloat), "fused_mlp: rows and vectors must be fp32");
+  const bool alike = packed.dim() == vectors.dim() && (packed.dim() == 1 || (packed.dim() == 2 && packed.size(0) == vectors.size(0)));
+  TORCH_CHECK(alike && packed.is_contiguous() && vectors.is_contiguous(), "fused_mlp: weights are not packed, or have other vectors");
+  TORCH_CHECK(dims.size() >= 2 && *std::min_element(dims.begin(), dims.end()) > 0, "fused_mlp: no layers");
+  const bool in_groups = softmax_size == 0 || (softmax_size > 0 && dims.back() % softmax_size == 0);
+  TORCH_CHECK(in_groups, "fused_mlp: ", dims.back(), " features are not groups of ", softmax_size);
+  const Rows in(x);
+  const std::optional<Rows> in_common = shared ? std::make_optional<Rows>(*shared) : std::nullopt;
+  const int64_t features = in.dim + (shared ? in_common->dim : 0);
+  TORCH_CHECK(features == dims[0], "fused_mlp: rows of ", features, " features, weights for ", dims[0]);
+  TORCH_CHECK(!shared || in_common->count == 1, "fused_mlp: shared inputs are one row");
+
+  const int64_t known = packed.dim() == 2 ? packed.size(0) : 1;
+  std::vector<int64_t> of_group(known);
+  std::iota(of_group.begin(), of_group.end(), 0);
+  if (heads) {
+    TORCH_CHECK(heads->scalar_type() == at::kLong && heads->dim() == 1 && heads->numel() > 0, "fused_mlp: heads are int64, one for each group");
+    const at::Tensor picked = heads->contiguous();
+    of_group.assign(picked.const_data_ptr<int64_t>(), picked.const_data_ptr<int64_t>() + picked.numel());
+    for (const int64_t head : of_group) TORCH_CHECK(head >= 0 && head < known, "fused_mlp: head ", head, " of ", known);
+  }
+  const int64_t given = of_group.size(), groups = std::max({in.groups, shared ? in_common->groups : 1, given});
+  const auto serves = [groups](int64_t count) { return count == 1 || count == groups; };
+  const bool match = serves(given) && serves(in.groups) && (!shared || serves(in_common->groups));
+  TORCH_CHECK(match, "fused_mlp: weights for ", given, " groups, rows of ", in.groups);
+  of_group.resize(groups, of_group[0]);
+
+  std::vector<int64_t> shape{in.count, dims.back()};
+  if (x.dim() == 3 || packed.dim() == 2) shape.insert(shape.begin(), groups);
+  at::Tensor y = at::empty(shape, x.options());
+  const Heads found{packed, vectors, std::move(of_group)};
+  if (packed.scalar_type() == at::kBFloat16) {
+    compute_mlp(in, in_common, found, Layers<Bf16Product>(dims, softmax_size), Rows(y));
+  } else {
+    TORCH_CHECK(packed.scalar_type() == at::kFloat, "fused_mlp: weights must be fp32 or bf16");
+    compute_mlp(in, in_common, found, Layers<Fp32Product>(dims, softmax_size), Rows(y));
+  }
+  return y;
+}
+
+}  // namespace specmpc
