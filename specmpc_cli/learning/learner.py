@@ -167,7 +167,7 @@ class Learner:
             self._embedding.restore_gradient()
             self._embedding.bound(batch.task)
         loss = self._world_model_loss(batch, noise)
-        grad_norm = nn.utils.clip_grad_norm_(self._world, clip, foreach=True)
+        grad_norm = clip_gradients(self._world, clip)
         self._world_adam.step()
         self._world_adam.zero_grad(set_to_none=True)
 
@@ -175,7 +175,7 @@ class Learner:
         if self._embedding is not None:
             self._embedding.bound(batch.task)
         policy = self._policy_loss(loss.latents, noise, batch)
-        pi_grad_norm = nn.utils.clip_grad_norm_(self._policy, clip, foreach=True)
+        pi_grad_norm = clip_gradients(self._policy, clip)
         self._policy_adam.step()
         self._policy_adam.zero_grad(set_to_none=True)
         self.scale.copy_(policy.scale)
@@ -295,6 +295,14 @@ def dropout_mask(shape: tuple[int, ...], share: float, device: torch.device) -> 
     zeros = (gaps.long().cumsum(0) - 1).clamp(max=count)
     mask = torch.full((count + 1,), 1 / (1 - share), device=device)  # the last element takes the zeros beyond the end
     return mask.index_fill_(0, zeros, 0.0)[:count].view(shape)
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """As nn.utils.clip_grad_norm_, → the norm before; on a CPU gradients within it are left alone, where that multiplies each by one."""
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None], foreach=True)
+    if norm.is_cuda or not norm < max_norm:  # torch's own, NaN included, stays below the bound by a millionth
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    return norm
 
 
 def update_key(seed: int, number: int) -> int:

@@ -9,7 +9,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <tuple>
 #include <vector>
@@ -31,7 +30,7 @@ void forward_rows(const Rows& in, const Rows& out, const PerGroup& shift, const 
   });
 }
 
-// `sums` [3, G, chunks, D]: the gradients of shift, weight and bias, summed over the rows of each chunk.
+// `sums` [chunks, 3, G, D]: the gradients of shift, weight and bias, summed over the rows of each chunk.
 template <typename T>
 void backward_rows(
     const Rows& grad,
@@ -40,7 +39,7 @@ void backward_rows(
     const PerGroup& shift,
     const PerGroup& weight,
     const PerGroup& bias,
-    const at::Tensor& sums) {
+    float* sums) {
   const int64_t dim = in.dim, size = (in.count + kChunks - 1) / kChunks;
   at::parallel_for(0, in.groups * kChunks, kGrain / std::max<int64_t>(1, size * dim) + 1, [&](int64_t begin, int64_t end) {
     std::vector<float> buffer(2 * dim);
@@ -48,8 +47,9 @@ void backward_rows(
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t group = chunk / kChunks, first = (chunk % kChunks) * size;
       const float *c = shift.of(group), *w = weight.of(group), *b = bias.of(group);
-      float* gc = sums.mutable_data_ptr<float>() + chunk * dim;
-      float *gw = gc + sums.stride(0), *gb = gw + sums.stride(0);
+      float* gc = sums + (chunk % kChunks * 3 * in.groups + group) * dim;
+      float *gw = gc + in.groups * dim, *gb = gw + in.groups * dim;
+      for (float* gradient : {gc, gw, gb}) std::fill_n(gradient, dim, 0.0f);
       const T *x = in.of<T>(group, first), *gy = grad.of<T>(group, first);
       T* gx = out.of<T>(group, first);
       for (int64_t n = first; n < std::min(first + size, in.count); ++n, x += in.step, gy += grad.step, gx += out.step) {
@@ -72,8 +72,9 @@ void backward_rows(
         for (int64_t j = 0; j < dim; ++j) {
           const float g = inverse_std * (grad_normed[j] - along_one - normed[j] * along_normed);
           gc[j] += g;
-          gx[j] = from_float<T>(g);
+          grad_normed[j] = g;
         }
+        convert(grad_normed, dim, gx);
       }
     }
   });
@@ -92,11 +93,22 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_mish_back
   at::Tensor grad_x = at::empty(x.sizes(), x.options());
   const Rows in(x), out(grad_x), given(grad);
   const PerGroup c(shift, in.groups, in.dim), w(weight, in.groups, in.dim), b(bias, in.groups, in.dim);
-  const at::Tensor sums = at::zeros({3, in.groups, kChunks, in.dim}, weight.options());
-  for_type_of(in.x, [&](auto typed) { backward_rows<decltype(typed)>(given, in, out, c, w, b, sums); });
-  const at::Tensor per_group = sums.sum(2);
+  const int64_t size = 3 * in.groups * in.dim;
+  std::vector<float> sums(kChunks * size);
+  for_type_of(in.x, [&](auto typed) { backward_rows<decltype(typed)>(given, in, out, c, w, b, sums.data()); });
+  for (int64_t chunk = 1; chunk < kChunks; ++chunk) {
+#pragma omp simd
+    for (int64_t j = 0; j < size; ++j) sums[j] += sums[chunk * size + j];
+  }
   const auto part = [&](int64_t index, const at::Tensor& like) {
-    return like.dim() == 2 ? per_group[index].clone() : per_group[index].sum(0);  // outputs must not share memory
+    at::Tensor gradient = at::empty(like.sizes(), weight.options());
+    float* to = gradient.mutable_data_ptr<float>();
+    const float* from = sums.data() + index * in.groups * in.dim;
+    std::copy_n(from, gradient.numel(), to);
+    for (int64_t group = 1; like.dim() == 1 && group < in.groups; ++group) {
+      for (int64_t j = 0; j < in.dim; ++j) to[j] += from[group * in.dim + j];
+    }
+    return gradient;
   };
   return {grad_x, part(0, shift), part(1, weight), part(2, bias)};
 }
