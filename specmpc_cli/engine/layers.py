@@ -45,7 +45,7 @@ class Affine(nn.Module):
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def vectors(self) -> list[Tensor]:
-        """What comes after the product: the bias and, if there is a norm, its weight and bias."""
+        """What comes after the product: the bias and, if there is a norm, its weight and bias; each [out] or [E, out]."""
         return [self.bias]
 
     def pad(self, multiple: int) -> None:
@@ -114,8 +114,11 @@ class NormedLinear(Linear):
 class Stack(nn.ModuleList):
     """Layers, each of which takes what the one before it made; a CPU may compute them in one call."""
 
-    packed: PackedMlp | None = None
-    last: Activation | None = None  # what the last layer ends with
+    def __init__(self, layers: Sequence[nn.Module], last: SimNorm | None = None) -> None:
+        """`last` is what the last layer ends with, if it has a norm."""
+        super().__init__(layers)
+        self.last = last
+        self.packed: PackedMlp | None = None
 
     def pack(self) -> None:
         """Packs the weights, or packs them again after they changed. Needs `native.multiplies`; what is packed keeps no gradients."""
@@ -124,7 +127,7 @@ class Stack(nn.ModuleList):
         vectors = [vector.detach() for layer in layers for vector in layer.vectors()]
         values = [layer.weight.detach() for layer in layers], vectors
         if self.packed is None:
-            self.packed = PackedMlp(*values, self.last.dim if isinstance(self.last, SimNorm) else 0)
+            self.packed = PackedMlp(*values, self.last.dim if self.last else 0)
         else:
             self.packed.renew(*values)
 
@@ -136,11 +139,13 @@ class Mlp(Stack):
         dims = [in_dim, *hidden]
         layers: list[nn.Module] = [NormedLinear(i, o) for i, o in zip(dims, dims[1:], strict=False)]
         layers.append(NormedLinear(dims[-1], out_dim, last) if last else Linear(dims[-1], out_dim))
-        super().__init__(layers)
-        self.last = last
+        super().__init__(layers, last)
 
     def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
-        """x [..., N, I] → [..., N, out]. `shared` [..., 1, S] holds leading inputs that all N rows have in common."""
+        """x [..., N, I] → [..., N, out]; packed, of two or three axes.
+
+        `shared` [..., 1, S] holds leading inputs that all N rows have in common; the first layer must have a norm.
+        """
         if self.packed is not None:
             return self.packed(x, shared)
         first, *others = self

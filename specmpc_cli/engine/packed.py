@@ -30,17 +30,24 @@ class PackedMlp:
         torch.ops.specmpc.pack_mlp(weights, self.weights)
         self.vectors.copy_(_joined(vectors))
 
-    def __call__(self, x: Tensor, shared: Tensor | None = None, head: int | Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        shared: Tensor | None = None,
+        head: int | Tensor | None = None,
+        expect: tuple[float, float] | None = None,
+    ) -> Tensor:
         """x [N, in] or [B, N, in], fp32 → [N, out] or [B, N, out], fp32.
 
         Args:
             shared: [1, S] or [B, 1, S], leading inputs that x lacks because all N rows have them in common.
             head: of E stacks the one for all rows, or one for each of B [B]; None for all, then x is [1, N, in] or [E, N, in].
+            expect: the outputs are bin logits over this range; → their expected scalars [N] or [B, N], as `two_hot_inv` decodes them.
         """
         whole = self.weights, self.vectors
         weights, vectors = (packed[head] for packed in whole) if isinstance(head, int) else whole
         heads = head if isinstance(head, Tensor) else None
-        return torch.ops.specmpc.fused_mlp(x, shared, weights, vectors, self.dims, self.softmax_size, heads)
+        return torch.ops.specmpc.fused_mlp(x, shared, weights, vectors, self.dims, self.softmax_size, expect, heads)
 
 
 def _joined(vectors: Sequence[Tensor]) -> Tensor:

@@ -169,11 +169,12 @@ class WorldModel(nn.Module):
 
     def next(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor:
         """Latent and action → predicted next latent [..., Z]. One z [..., 1, Z] may serve many actions [..., N, A]."""
-        return _on_pairs(self.dynamics, self.with_task(z, task), a)
+        return self.dynamics(*_joined(self.with_task(z, task), a))
 
     def reward(self, z: Tensor, a: Tensor) -> Tensor:
         """Expected reward of one env step, [...]. One z [..., 1, Z] may serve many actions [..., N, A]."""
-        return self.decode(_on_pairs(self.reward_net, z, a))
+        packed, inputs = self.reward_net.packed, _joined(z, a)
+        return self.decode(self.reward_net(*inputs)) if packed is None else packed(*inputs, expect=self._range)
 
     def terminates(self, z: Tensor) -> Tensor:
         """1.0 where the model says that the episode ended at z, else 0.0, [...]. All 0 without a termination head."""
@@ -207,8 +208,13 @@ class WorldModel(nn.Module):
         if x.is_cuda:
             return self.values_at_once(x, q_index).mean(1)
         heads: tuple[int | Tensor, ...] = (0, 1) if self.q.num_q == 2 else (q_index[:, 0], q_index[:, 1])
-        first, second = (self.decode(self.q.logits(x, head)) for head in heads)
+        first, second = (self._value(x, head) for head in heads)
         return (first + second) / 2
+
+    def _value(self, x: Tensor, head: int | Tensor) -> Tensor:
+        """Values [B, N] of one head, or one for each of B, at x [B, N, Z+A]."""
+        packed = self.q.layers.packed
+        return self.decode(self.q.logits(x, head)) if packed is None else packed(x, head=head, expect=self._range)
 
     def values_at_once(self, x: Tensor, q_index: Tensor) -> Tensor:
         """Values [B, 2, N] of the two heads q_index [B, 2] at x [B, N, Z+A]."""
@@ -220,7 +226,12 @@ class WorldModel(nn.Module):
 
     def decode(self, logits: Tensor) -> Tensor:
         """Bin logits [..., bins] → scalar [...]."""
-        return two_hot_inv(logits, self.dims.vmin, self.dims.vmax)
+        return two_hot_inv(logits, *self._range)
+
+    @property
+    def _range(self) -> tuple[float, float]:
+        """That bins code, in symlog space."""
+        return self.dims.vmin, self.dims.vmax
 
     def member(self, index: int, obs_dim: int, action_dim: int) -> WorldModel:
         """The single-task model of one task of this model's task set; a model that computes the same.
@@ -270,11 +281,10 @@ class WorldModel(nn.Module):
         """From now on what plans is computed by kernels of our own, without gradients; nothing changes where there are none for its device
         and dtype.
         """
-        weight = next(self.dynamics.parameters())
-        if weight.device.type != "cpu" or not native.multiplies(weight.dtype):
-            return
         nets = (self.dynamics, self.reward_net, self.termination_net, self.pi_net, self.q.layers)
-        self._packed = [net for net in nets if net is not None]
+        weight = next(self.dynamics.parameters())
+        at_hand = weight.device.type == "cpu" and native.multiplies(weight.dtype)
+        self._packed = [net for net in nets if net is not None and at_hand]
         for net in self._packed:
             net.pack()
 
@@ -282,14 +292,17 @@ class WorldModel(nn.Module):
     def take_weights(self, source: WorldModel) -> None:
         """Copies another model's weights into this one, which may be a `compute_copy` of it."""
         given: list[Tensor] = list(source.parameters())
-        inner = [mine[tuple(map(slice, theirs.shape))] for mine, theirs in zip(self.parameters(), given, strict=True)]
+        inner = [_corner(mine, theirs.shape) for mine, theirs in zip(self.parameters(), given, strict=True)]
         torch._foreach_copy_(inner, given)
         for net in self._packed:
             net.pack()
 
 
-def _on_pairs(net: Mlp, z: Tensor, a: Tensor) -> Tensor:
-    """net([z, a]); where one z serves many actions, its part of the first layer is computed once."""
-    if z.shape[:-1] == a.shape[:-1]:
-        return net(torch.cat([z, a], dim=-1))
-    return net(a, shared=z)
+def _joined(z: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The inputs [z, a] of a net; or a, and apart from it the z that all actions share, whose part of a product is then made once."""
+    return (torch.cat([z, a], dim=-1), None) if z.shape[:-1] == a.shape[:-1] else (a, z)
+
+
+def _corner(padded: Tensor, shape: torch.Size) -> Tensor:
+    """The part of a tensor that is not padding."""
+    return padded if padded.shape == shape else padded[tuple(map(slice, shape))]

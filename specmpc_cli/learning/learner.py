@@ -298,9 +298,9 @@ def dropout_mask(shape: tuple[int, ...], share: float, device: torch.device) -> 
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """As nn.utils.clip_grad_norm_, → the norm before; on a CPU gradients within it are left alone, where that multiplies each by one."""
+    """As nn.utils.clip_grad_norm_, to the bit; → the norm before. On a CPU gradients within the bound are not multiplied by one."""
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None], foreach=True)
-    if norm.is_cuda or not norm < max_norm:  # torch's own, NaN included, stays below the bound by a millionth
+    if norm.is_cuda or not norm + 1e-6 <= max_norm:  # what torch divides by; not a number fails this, and is passed on
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
     return norm
 

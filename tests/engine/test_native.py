@@ -1,9 +1,11 @@
-"""Kernels of our own: an MLP in one call computes what its layers do, and where they cannot be built nothing else changes."""
+"""Kernels of our own: an MLP in one call computes what its layers do, and where they cannot be built the reason is told."""
 
 from __future__ import annotations
 
-import copy
+import os
+import platform
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specmpc_cli.engine import native
-from specmpc_cli.engine.batched_planner import BatchedPlanner
-from specmpc_cli.engine.compiled import compiled_kernels
-from specmpc_cli.engine.layers import Affine, Mlp, SimNorm, Stack
-from specmpc_cli.engine.planner import PlannerSettings
-from specmpc_cli.engine.world_model import QEnsemble, WorldModel
-from tests.conftest import make_model
+from specmpc_cli.engine.layers import SimNorm
 
 
 class Case(NamedTuple):
@@ -51,6 +48,7 @@ CASES = {
     "picked heads": Case((2, 70, 40), (40, 24, 24), stacks=5, heads=(4, 1)),
     "picked heads for the same rows": Case((1, 70, 40), (40, 24, 24), stacks=5, heads=(4, 1)),
     "groups through the same weights": Case((3, 70, 40), (40, 24, 24)),
+    "shared inputs of each head": Case((1, 20, 6), (38, 48, 16), 0, 32, stacks=3),
 }
 
 
@@ -61,13 +59,14 @@ class Given(NamedTuple):
     vectors: list[list[Tensor]]  # of each layer: bias, and LayerNorm's weight and bias if it has a norm
     group: int
     heads: Tensor | None
+    expect: tuple[float, float] | None = None
 
     @property
     def arguments(self) -> tuple[object, ...]:
         packed = torch.ops.specmpc.pack_mlp(self.weights, None)
         vectors = torch.cat([vector for layer in self.vectors for vector in layer], -1)
         dims = [self.weights[0].shape[-1], *(weight.shape[-2] for weight in self.weights)]
-        return self.x, self.shared, packed, vectors, dims, self.group, self.heads
+        return self.x, self.shared, packed, vectors, dims, self.group, self.expect, self.heads
 
     def fused(self) -> Tensor:
         return torch.ops.specmpc.fused_mlp(*self.arguments)
@@ -128,6 +127,18 @@ def test_bf16_rounds_operands_only(name: str) -> None:
 
 
 @pytest.mark.compiler
+@pytest.mark.parametrize("name", ["bins", "fewer outputs than lanes", "picked heads for the same rows", "three axes", "shared inputs"])
+def test_bins_are_decoded(name: str) -> None:
+    mlp = given(name)
+    sharp = mlp._replace(weights=[*mlp.weights[:-1], mlp.weights[-1] * 30])  # near one-hot, up to the outermost bins
+    for case in (mlp, sharp):
+        logits, out = case.fused().double(), case._replace(expect=(-10.0, 10.0)).fused()
+        mean = (torch.softmax(logits, -1) * torch.linspace(-10, 10, logits.shape[-1], dtype=torch.float64)).sum(-1)
+        assert out.dtype is torch.float32 and out.shape == mean.shape
+        torch.testing.assert_close(out.double(), mean.sign() * torch.expm1(mean.abs()), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.compiler
 @pytest.mark.parametrize("dim", [48, 37, 200])
 def test_features_between_layers_are_rounded_once(dim: int) -> None:
     """The last layer hands on what the hidden one made."""
@@ -143,14 +154,15 @@ def test_features_between_layers_are_rounded_once(dim: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_it_keeps_to_the_rules_for_custom_operators(name: str, dtype: torch.dtype) -> None:
-    torch.library.opcheck(torch.ops.specmpc.fused_mlp.default, given(name, dtype).arguments)
+    for expect in (None, (-10.0, 10.0)) if CASES[name].group == 0 else (None,):
+        torch.library.opcheck(torch.ops.specmpc.fused_mlp.default, given(name, dtype)._replace(expect=expect).arguments)
 
 
 @pytest.mark.compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["several blocks", "large weights", "bins", "odd sizes"])  # the last panel whole, or a part of one
 def test_a_row_is_the_same_to_the_bit_whatever_is_computed_beside_it(name: str, dtype: torch.dtype) -> None:
-    mlp, threads = given(name, dtype), torch.get_num_threads()
+    mlp, threads = given(name, dtype)._replace(expect=(-5.0, 5.0) if name == "bins" else None), torch.get_num_threads()
     whole, last = mlp.fused(), mlp.x.shape[0]
     for some in (slice(0, 1), slice(5, 18), slice(7, 39), slice(last - 51, last)):
         assert torch.equal(mlp._replace(x=mlp.x[some]).fused(), whole[some])
@@ -173,6 +185,36 @@ def test_rows_need_not_lie_side_by_side() -> None:
 
 
 @pytest.mark.compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_row_may_stand_for_many(dtype: torch.dtype) -> None:
+    mlp = given("three axes", dtype)
+    same = mlp._replace(x=mlp.x[:, :1].expand(-1, 70, -1))
+    assert same.x.stride(1) == 0 and torch.equal(same.fused(), mlp._replace(x=mlp.x[:, :1]).fused().expand(-1, 70, -1))
+
+
+@pytest.mark.compiler
+def test_groups_may_come_from_shared_inputs_or_heads_alone() -> None:
+    rows, shared = given("shared inputs"), torch.randn(2, 1, 32)
+    both = torch.cat([rows._replace(shared=one.unsqueeze(0)).fused() for one in shared.unbind()])
+    assert torch.equal(rows._replace(shared=shared).fused(), both.view(2, 64, 16))
+    arguments = several_blocks(heads=torch.tensor([0, 0]))
+    twice = torch.ops.specmpc.fused_mlp(*arguments.values())
+    assert torch.equal(twice, given("several blocks").fused().expand(2, -1, -1))
+    torch.library.opcheck(torch.ops.specmpc.fused_mlp.default, tuple(arguments.values()))
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["odd sizes", "an odd number of shared inputs"])
+def test_nothing_stale_is_read(name: str, dtype: torch.dtype) -> None:
+    """What an earlier call left in memory, in rows and inputs beyond those given, does not matter."""
+    mlp = given(name, dtype)._replace(x=given(name).x[:5])
+    before = mlp.fused()
+    given(name, dtype)._replace(x=torch.full_like(given(name).x, torch.nan)).fused()
+    assert torch.equal(mlp.fused(), before)
+
+
+@pytest.mark.compiler
 def test_what_is_not_finite_is_not_hidden() -> None:
     for name in ("simnorm", "several blocks"):
         for dtype in (torch.float32, torch.bfloat16):
@@ -186,7 +228,7 @@ def test_what_is_not_finite_is_not_hidden() -> None:
 
 
 def several_blocks(**change: object) -> dict[str, object]:
-    names = ("x", "shared", "packed", "vectors", "dims", "softmax_size", "heads")
+    names = ("x", "shared", "packed", "vectors", "dims", "softmax_size", "range", "heads")
     return dict(zip(names, given("several blocks").arguments, strict=True)) | change
 
 
@@ -212,6 +254,8 @@ def several_blocks(**change: object) -> dict[str, object]:
         ({"softmax_size": 7}, "groups of 7"),
         ({"softmax_size": -1}, "groups of -1"),
         ({"softmax_size": 8}, "other sizes"),
+        ({"range": [-10.0]}, "first to the last"),
+        ({"range": [-10.0, 10.0], "softmax_size": 8}, "first to the last"),
         ({"heads": torch.tensor([1])}, "head 1 of 1"),
         ({"heads": torch.tensor([0], dtype=torch.int32)}, "int64"),
     ],
@@ -249,92 +293,18 @@ def test_weights_for_other_groups_are_refused() -> None:
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_packed_stacks_compute_what_their_layers_do(dtype: torch.dtype) -> None:
-    assert native.built()
-    torch.manual_seed(0)
-    nets: list[Stack] = [Mlp(38, [48, 48], 32, SimNorm(8)), Mlp(38, [48], 5), Mlp(38, [], 5)]
-    q = QEnsemble(4, 38, 48, 11)
-    for layer in (layer for net in (*nets, q.layers) for layer in net):
-        assert isinstance(layer, Affine)
-        torch.nn.init.normal_(layer.requires_grad_(False).bias)
-        layer.weight.data, layer.bias.data = layer.weight.data.to(dtype) * 10, layer.bias.data.to(dtype)
-    x, shared, own = torch.randn(1, 50, 38), torch.randn(1, 1, 32), torch.randn(1, 50, 6)
-    close = dict(rtol=0, atol=1e-5 if dtype is torch.float32 else 0.05)
-
-    def packed(net: Stack) -> Stack:
-        twin = copy.deepcopy(net)
-        twin.pack()
-        return twin
-
-    for net in nets:
-        torch.testing.assert_close(packed(net)(x), net(x), **close)
-        torch.testing.assert_close(packed(net)(x[0]), net(x[0]), **close)
-    alike = shared.to(dtype).float()
-    torch.testing.assert_close(packed(nets[0])(own, shared=alike), nets[0](own, shared=alike), **close)
-    together = torch.cat([alike.expand(-1, 50, -1), own], -1)
-    torch.testing.assert_close(packed(nets[0])(own, shared=alike), packed(nets[0])(together), **close)
-    twin = copy.deepcopy(q)
-    twin.layers.pack()
-    for head, rows in (
-        (1, x),
-        (None, x),
-        (None, x.expand(4, -1, -1)),
-        (torch.tensor([2]), x),
-        (torch.tensor([0, 3]), x.expand(2, -1, -1)),
-    ):
-        plain, fused = q.logits(rows, head), twin.logits(rows, head)
-        assert plain.shape == fused.shape and plain.dtype == fused.dtype
-        torch.testing.assert_close(fused, plain, **close)
-
-
-SMALL = PlannerSettings(discount=0.99, iterations=2, num_samples=32, num_elites=8, num_pi_trajs=4)
-
-
-def nets_called(planner: BatchedPlanner, model: WorldModel) -> int:
-    """By one plan."""
-    keys = torch.tensor([1]), torch.tensor([3])
-    with torch.inference_mode():
-        arguments = model.encode(torch.randn(1, 4)), torch.zeros(1, 3, 2), *keys
-        planner(*arguments)
-        with torch.profiler.profile() as profile:
-            planner(*arguments)
-    return sum(event.count for event in profile.key_averages() if event.key == "specmpc::fused_mlp")
-
-
-@pytest.mark.compiler
-def test_a_compiled_planner_uses_them_and_takes_over_new_weights() -> None:
-    model, other = make_model(), make_model()
-    planner = BatchedPlanner(model, SMALL, kernels=compiled_kernels())
-    # dynamics and reward at three steps, the policy prior and two Q-heads in two iterations; its own rollouts before
-    assert nets_called(planner, model) == 2 * (3 + 3 + 1 + 2) + (3 + 2)
-    with torch.no_grad():
-        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-            mine.copy_(theirs + 0.01)
-    planner.refresh()
-    arguments = torch.rand(1, 16), torch.zeros(1, 3, 2), torch.tensor([1]), torch.tensor([3])
-    with torch.inference_mode():
-        expected = BatchedPlanner(model, SMALL)(*arguments)
-        torch.testing.assert_close(planner(*arguments).mean, expected.mean, rtol=0, atol=1e-4)
-
-
-@pytest.mark.compiler
-def test_a_model_without_kernels_for_its_dtype_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "multiplies", lambda dtype: dtype is torch.float32)
-    half, full = (make_model().compute_copy(dtype) for dtype in (torch.bfloat16, torch.float32))
-    for model in (half, full):
-        model.pack()
-    assert half.dynamics.packed is None and full.dynamics.packed is not None
-    assert full.encoder.packed is None, "it does not plan"
-
-
-@pytest.mark.compiler
-def test_a_copy_for_another_dtype_is_not_packed_for_the_old_one() -> None:
-    model = make_model().compute_copy(torch.float32)
-    model.pack()
-    twin = model.compute_copy(torch.bfloat16)
-    assert model.dynamics.packed is not None and twin.dynamics.packed is None
-    twin.take_weights(model)
+@pytest.mark.parametrize("flags", ["-mamx-tile -mamx-bf16", "-mno-amx-bf16 -mno-avx512bf16"], ids=["with tiles", "without bf16"])
+def test_kernels_of_other_processors_compute_the_same(flags: str, tmp_path: Path) -> None:
+    """Built for tiles that this machine may refuse, or for no bf16 instructions at all: other blocks of rows and inputs, another way."""
+    if platform.machine() != "x86_64":
+        pytest.skip("flags of x86 compilers")
+    compiler = tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" {flags}\n')
+    compiler.chmod(0o755)
+    chosen = ["-k", "one_call_is or operands_only or rounded_once or to_the_bit or stale"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *chosen, __file__]
+    run = subprocess.run(command, env={**os.environ, "CXX": str(compiler)}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
 
 
 @pytest.mark.compiler

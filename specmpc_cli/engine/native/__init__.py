@@ -84,13 +84,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
 
 
 def _fused_mlp_like(
-    x: Tensor, shared: Tensor | None, packed: Tensor, vectors: Tensor, dims: Sequence[int], softmax_size: int, heads: Tensor | None
+    x: Tensor,
+    shared: Tensor | None,
+    packed: Tensor,
+    vectors: Tensor,
+    dims: Sequence[int],
+    softmax_size: int,
+    range: Sequence[float] | None,
+    heads: Tensor | None,
 ) -> Tensor:
-    if x.dim() == 2 and packed.dim() == 1:
-        return x.new_empty(x.shape[0], dims[-1])
     picked = packed.shape[:-1].numel() if heads is None else heads.shape[0]
     groups = max(picked, *(rows.shape[:-2].numel() for rows in (x, shared) if rows is not None))
-    return x.new_empty(groups, x.shape[-2], dims[-1])
+    axes = [groups, x.shape[-2]] if groups > 1 or x.dim() == 3 or packed.dim() == 2 else [x.shape[-2]]
+    return x.new_empty(axes if range is not None else [*axes, dims[-1]])
 
 
 def _build() -> Path:

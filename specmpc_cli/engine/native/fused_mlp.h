@@ -1,7 +1,8 @@
-// An MLP in one call: layers with LayerNorm and Mish between products, and a last layer that is plain or has LayerNorm and SimNorm.
+// An MLP in one call: layers with LayerNorm and Mish between products, and a last layer that is plain, or has LayerNorm and SimNorm, or
+// whose outputs are decoded.
 //
-// A thread takes a few dozen rows at a time through all layers, so that sums and features never leave a near cache: beside the products, what
-// a layer computes costs little more than its arithmetic. Without gradients: what a backward pass would need is not kept.
+// A thread takes some rows at a time through all layers, so that sums and features never leave a near cache: beside the products, what a
+// layer computes costs little more than its arithmetic. Without gradients: what a backward pass would need is not kept.
 
 #pragma once
 
@@ -10,6 +11,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <vector>
@@ -18,7 +20,8 @@ namespace specmpc {
 
 // y = SimNorm(LayerNorm(x + shift)) of one row, a softmax over each group of neighbouring features; x is overwritten.
 template <int64_t known>
-void norm_softmax_row(float* x, const float* shift, const float* weight, const float* bias, int64_t dim, int64_t given, float* y) {
+void norm_softmax_row(
+    float* x, const float* shift, const float* weight, const float* bias, int64_t dim, int64_t given, float* y) {
   const int64_t size = known ? known : given;
   const Moments found = moments(x, shift, dim);
   const float mean = found.mean, inverse_std = found.inverse_std;
@@ -44,6 +47,30 @@ void norm_softmax_row(float* x, const float* shift, const float* weight, const f
   }
 }
 
+// Bins of a distribution over scalars: so many, evenly spaced from low to high, in symlog space (twohot.py).
+struct Bins {
+  int64_t count;
+  float low, step;
+
+  // The expected scalar of one row of logits, to which `shift` is added; they are overwritten.
+  float expected(float* logits, const float* shift) const {
+    float most = -std::numeric_limits<float>::infinity(), sum = 0.0f, weighted = 0.0f;
+#pragma omp simd reduction(max : most)
+    for (int64_t j = 0; j < count; ++j) {
+      logits[j] += shift[j];
+      most = std::max(most, logits[j]);
+    }
+#pragma omp simd reduction(+ : sum, weighted)
+    for (int64_t j = 0; j < count; ++j) {
+      const float e = exp_for_mish(logits[j] - most);
+      sum += e;
+      weighted += e * static_cast<float>(static_cast<int32_t>(j));
+    }
+    const float mean = low + step * (weighted / sum);
+    return std::copysign(std::expm1(std::abs(mean)), mean);
+  }
+};
+
 template <typename Product>
 at::Tensor pack_for(const std::vector<Rows>& weights, bool grouped, const std::optional<at::Tensor>& into) {
   using Weight = typename Product::Weight;
@@ -52,8 +79,8 @@ at::Tensor pack_for(const std::vector<Rows>& weights, bool grouped, const std::o
   const int64_t groups = weights[0].groups;
   const std::vector<int64_t> shape = grouped ? std::vector<int64_t>{groups, size} : std::vector<int64_t>{size};
   const at::Tensor packed = into ? *into : at::empty(shape, weights[0].x.options());
-  const bool fits = packed.sizes() == at::IntArrayRef(shape) && packed.scalar_type() == weights[0].x.scalar_type() && packed.is_contiguous();
-  TORCH_CHECK(fits, "pack_mlp: other weights were packed there");
+  const bool alike = packed.sizes() == at::IntArrayRef(shape) && packed.scalar_type() == weights[0].x.scalar_type();
+  TORCH_CHECK(alike && packed.is_contiguous(), "pack_mlp: other weights were packed there");
   Weight* to = packed.data_ptr<Weight>();
   for (const Rows& weight : weights) {
     const Product product(weight.dim, weight.count);
@@ -72,6 +99,7 @@ at::Tensor pack_for(const std::vector<Rows>& weights, bool grouped, const std::o
 
 // The layers' weights, each [out, in] or each [G, out, in] → packed, [size] or [G, size]; into what was packed before, if that is given.
 inline at::Tensor pack_mlp(at::TensorList weights, const std::optional<at::Tensor>& into) {
+  TORCH_CHECK(!weights.empty(), "pack_mlp: no weights");
   std::vector<Rows> rows;
   for (const at::Tensor& weight : weights) {
     TORCH_CHECK(weight.dim() == 2 || weight.dim() == 3, "pack_mlp: weights have two axes, or three with groups");
@@ -94,7 +122,8 @@ class Layers {
   using Weight = typename Product::Weight;
 
   // `vectors` of a layer: what is added to the product; of all but a plain last layer LayerNorm's weight and bias, too.
-  Layers(at::IntArrayRef dims, int64_t softmax_size) : dims_(dims.vec()), softmax_size_(softmax_size) {
+  Layers(at::IntArrayRef dims, int64_t softmax_size, const std::optional<Bins>& bins)
+      : dims_(dims.vec()), softmax_size_(softmax_size), bins_(bins) {
     for (size_t layer = 0; layer + 1 < dims.size(); ++layer) {
       products_.emplace_back(dims[layer], dims[layer + 1]);
       widest_ = std::max(widest_, products_.back().padded_outputs());
@@ -107,8 +136,8 @@ class Layers {
   int64_t vectors() const { return vectors_; }
   int64_t dim(size_t layer) const { return dims_[layer]; }
 
-  // That are taken through all layers at a time: so few that with their sums they stay in the second cache, beside weights of a moderate
-  // size; larger ones are better read less often.
+  // Rows that are taken through all layers at a time: so few that with their sums they stay in the second cache, beside weights of a
+  // moderate size; larger ones are better read less often.
   int64_t block_rows() const {
     constexpr int64_t kFew = 64, kModerate = 1 << 20;
     return round_up(weights_ * sizeof(Weight) > kModerate ? 2 * kFew : kFew, Product::kRows);
@@ -116,9 +145,16 @@ class Layers {
   const Product& first() const { return products_[0]; }
 
   // `count` rows, at most block_rows(), `step` apart, which lack the first `skipped` inputs; `shift` has what is added to the first
-  // product. → y, rows of the last layer's outputs.
+  // product. → y, rows of the last layer's outputs, or what is expected of them.
   void compute(
-      const float* x, int64_t step, int64_t count, int64_t skipped, const Weight* weight, const float* vector, const float* shift, float* y) const {
+      const float* x,
+      int64_t step,
+      int64_t count,
+      int64_t skipped,
+      const Weight* weight,
+      const float* vector,
+      const float* shift,
+      float* y) const {
     static thread_local Scratch<float> sums_scratch;
     static thread_local Scratch<Weight> features_scratch;
     float* sums = sums_scratch.at_least(block_rows() * widest_);
@@ -132,7 +168,7 @@ class Layers {
         product.multiply(features, dims_[layer], count, 0, weight, sums);
         shift = vector;
       }
-      const float *norm_weight = vector + dim, *norm_bias = vector + 2 * dim;
+      const float *norm_weight = vector + dim, *norm_bias = norm_weight + dim;  // where there is a norm
       for (int64_t r = 0; r < count; ++r) {
         float* row = sums + r * sums_step;
         if (!is_last(layer)) {
@@ -141,6 +177,8 @@ class Layers {
           norm_softmax_row<8>(row, shift, norm_weight, norm_bias, dim, softmax_size_, y + r * dim);
         } else if (softmax_size_ > 0) {
           norm_softmax_row<0>(row, shift, norm_weight, norm_bias, dim, softmax_size_, y + r * dim);
+        } else if (bins_) {
+          y[r] = bins_->expected(row, shift);
         } else {
 #pragma omp simd
           for (int64_t j = 0; j < dim; ++j) y[r * dim + j] = row[j] + shift[j];
@@ -155,6 +193,7 @@ class Layers {
   std::vector<int64_t> dims_;
   std::vector<Product> products_;
   int64_t softmax_size_, widest_ = 0, weights_ = 0, vectors_ = 0;
+  std::optional<Bins> bins_;
 
   bool is_last(size_t layer) const { return layer + 2 == dims_.size(); }
   int64_t vectors_of(size_t layer) const { return is_last(layer) && softmax_size_ == 0 ? 1 : 3; }
@@ -172,7 +211,7 @@ struct Heads {
   const float* vector(int64_t group) const { return vectors.const_data_ptr<float>() + of_group[group] * vectors.size(-1); }
 };
 
-// `shared`: the leading inputs, which all rows of a group have in common, if `x` lacks them.
+// `shared`: the leading inputs, which all rows of a group have in common, if `x` lacks them. Threads share the tiles of the first layer.
 template <typename Product>
 void compute_mlp(const Rows& x, const std::optional<Rows>& shared, const Heads& heads, const Layers<Product>& layers, const Rows& y) {
   using Weight = typename Product::Weight;
@@ -198,17 +237,19 @@ void compute_mlp(const Rows& x, const std::optional<Rows>& shared, const Heads& 
       const float *vectors = heads.vector(group), *shift = shared ? shifts.data() + group * first_dim : vectors;
       for (int64_t row = first_tile * Product::kRows; row < last; row += block_rows) {
         const int64_t count = std::min(block_rows, last - row);
-        layers.compute(row_of(x, group, row), x.step, count, skipped, heads.weights<Weight>(group), vectors, shift, y.of<float>(group, row));
+        float* to = y.of<float>(group, row);
+        layers.compute(row_of(x, group, row), x.step, count, skipped, heads.weights<Weight>(group), vectors, shift, to);
       }
     });
   });
 }
 
-// Rows x [N, I] or [G, N, I] through layers of these `dims`, the first of which has I inputs; or fewer, when `shared` [1, S] or [G, 1, S] has
-// the leading ones, which all rows have in common. `packed` is pack_mlp's, [size] or [E, size]; `vectors` [V] or [E, V] are, for each layer,
-// what is added to the product and, if it has a norm, LayerNorm's weight and bias. `softmax_size`: SimNorm's in the last layer, 0 if that
-// is plain. `heads` [G]: which of the E each group takes; all in turn, if left out. → [N, out] or [G, N, out]. Rows, vectors and results are
-// fp32; products are computed in the weights' dtype, as are the features between layers.
+// Rows x [N, I] or [G, N, I] through layers of these `dims`, the first of which has I inputs; or more, when `shared` [1, S] or [G, 1, S]
+// has the leading ones, which all rows have in common. `packed` is pack_mlp's, [size] or [E, size]; `vectors` [V] or [E, V] are, for each
+// layer, what is added to the product and, if it has a norm, LayerNorm's weight and bias. `softmax_size`: SimNorm's in the last layer, 0
+// if that is plain. `range` [2]: the plain last layer's outputs are logits of bins from here to there, and their expected scalar is the
+// result. `heads` [G]: which of the E each group takes; all in turn, if left out. → [N, out] or [G, N, out], or with a range [N] or
+// [G, N]. Rows, vectors and results are fp32; products are computed in the weights' dtype, as are the features between layers.
 inline at::Tensor fused_mlp(
     const at::Tensor& x,
     const std::optional<at::Tensor>& shared,
@@ -216,6 +257,7 @@ inline at::Tensor fused_mlp(
     const at::Tensor& vectors,
     at::IntArrayRef dims,
     int64_t softmax_size,
+    std::optional<at::ArrayRef<double>> range,
     const std::optional<at::Tensor>& heads) {
   const auto is_rows = [](const at::Tensor& rows) { return (rows.dim() == 2 || rows.dim() == 3) && rows.size(-1) > 0; };
   TORCH_CHECK(is_rows(x) && (!shared || is_rows(*shared)), "fused_mlp: rows have two axes, or three with groups, and features");
@@ -226,6 +268,11 @@ inline at::Tensor fused_mlp(
   TORCH_CHECK(dims.size() >= 2 && *std::min_element(dims.begin(), dims.end()) > 0, "fused_mlp: no layers");
   const bool in_groups = softmax_size == 0 || (softmax_size > 0 && dims.back() % softmax_size == 0);
   TORCH_CHECK(in_groups, "fused_mlp: ", dims.back(), " features are not groups of ", softmax_size);
+  std::optional<Bins> bins;
+  if (range) {
+    TORCH_CHECK(range->size() == 2 && softmax_size == 0 && dims.back() > 1, "fused_mlp: a range is of bins, from the first to the last");
+    bins = Bins{dims.back(), static_cast<float>((*range)[0]), static_cast<float>(((*range)[1] - (*range)[0]) / (dims.back() - 1))};
+  }
   const Rows in(x);
   const std::optional<Rows> in_common = shared ? std::make_optional<Rows>(*shared) : std::nullopt;
   const int64_t features = in.dim + (shared ? in_common->dim : 0);
@@ -236,7 +283,8 @@ inline at::Tensor fused_mlp(
   std::vector<int64_t> of_group(known);
   std::iota(of_group.begin(), of_group.end(), 0);
   if (heads) {
-    TORCH_CHECK(heads->scalar_type() == at::kLong && heads->dim() == 1 && heads->numel() > 0, "fused_mlp: heads are int64, one for each group");
+    const bool indices = heads->scalar_type() == at::kLong && heads->dim() == 1 && heads->numel() > 0;
+    TORCH_CHECK(indices, "fused_mlp: heads are int64, one for each group");
     const at::Tensor picked = heads->contiguous();
     of_group.assign(picked.const_data_ptr<int64_t>(), picked.const_data_ptr<int64_t>() + picked.numel());
     for (const int64_t head : of_group) TORCH_CHECK(head >= 0 && head < known, "fused_mlp: head ", head, " of ", known);
@@ -244,20 +292,21 @@ inline at::Tensor fused_mlp(
   const int64_t given = of_group.size(), groups = std::max({in.groups, shared ? in_common->groups : 1, given});
   const auto serves = [groups](int64_t count) { return count == 1 || count == groups; };
   const bool match = serves(given) && serves(in.groups) && (!shared || serves(in_common->groups));
-  TORCH_CHECK(match, "fused_mlp: weights for ", given, " groups, rows of ", in.groups);
+  TORCH_CHECK(match, "fused_mlp: ", groups, " groups; weights for ", given, ", rows of ", in.groups, ", shared inputs of another number");
   of_group.resize(groups, of_group[0]);
 
   std::vector<int64_t> shape{in.count, dims.back()};
-  if (x.dim() == 3 || packed.dim() == 2) shape.insert(shape.begin(), groups);
+  if (groups > 1 || x.dim() == 3 || packed.dim() == 2) shape.insert(shape.begin(), groups);
+  if (bins) shape.back() = 1;
   at::Tensor y = at::empty(shape, x.options());
   const Heads found{packed, vectors, std::move(of_group)};
   if (packed.scalar_type() == at::kBFloat16) {
-    compute_mlp(in, in_common, found, Layers<Bf16Product>(dims, softmax_size), Rows(y));
+    compute_mlp(in, in_common, found, Layers<Bf16Product>(dims, softmax_size, bins), Rows(y));
   } else {
     TORCH_CHECK(packed.scalar_type() == at::kFloat, "fused_mlp: weights must be fp32 or bf16");
-    compute_mlp(in, in_common, found, Layers<Fp32Product>(dims, softmax_size), Rows(y));
+    compute_mlp(in, in_common, found, Layers<Fp32Product>(dims, softmax_size, bins), Rows(y));
   }
-  return y;
+  return bins ? y.squeeze(-1) : y;
 }
 
 }  // namespace specmpc

@@ -49,7 +49,6 @@ void backward_rows(
       const float *c = shift.of(group), *w = weight.of(group), *b = bias.of(group);
       float* gc = sums + (chunk % kChunks * 3 * in.groups + group) * dim;
       float *gw = gc + in.groups * dim, *gb = gw + in.groups * dim;
-      for (float* gradient : {gc, gw, gb}) std::fill_n(gradient, dim, 0.0f);
       const T *x = in.of<T>(group, first), *gy = grad.of<T>(group, first);
       T* gx = out.of<T>(group, first);
       for (int64_t n = first; n < std::min(first + size, in.count); ++n, x += in.step, gy += grad.step, gx += out.step) {

@@ -1,8 +1,8 @@
 // Products of rows with a weight's rows, x·Wᵀ, a few dozen rows at a time, so that what follows finds them in a near cache.
 //
-// Two ways with one interface: fp32 in vector registers, and bf16 in AMX's tiles, whose sums are fp32 as well. Each packs weights into
-// panels of neighbouring outputs, in the order in which they are read. Rows may lack leading inputs, whose part of the product is known
-// already. A row's sums do not depend on the rows beside it, on the number of threads or on the batch.
+// Two ways with one interface: fp32 in vector registers, and bf16 in AMX's tiles or vector registers, with sums in fp32. Each packs weights
+// into panels of neighbouring outputs, in the order in which they are read. Rows may lack leading inputs, whose part of the product is
+// known already. A row's sums do not depend on the rows beside it, on the number of threads or on the batch.
 
 #pragma once
 
@@ -165,7 +165,7 @@ class Bf16Product {
   template <typename Input>
   void multiply(const Input* x, int64_t step, int64_t count, int64_t skipped, const at::BFloat16* packed, float* sums) const {
     const int64_t first = skipped / kInputs * kInputs, depth = padded_in_ - first;
-    const Operand rows = operand(x, step, count, skipped - first, depth);
+    const Operand rows = operand(x, step, count, in_ - skipped, skipped - first, depth);
     const at::BFloat16* weights = packed + first * kOutputs;
 #ifdef __AMX_BF16__
     if (has_tiles()) {
@@ -199,10 +199,9 @@ class Bf16Product {
 
   int64_t in_, out_, padded_in_;
 
-  // Rows of `depth` inputs, a multiple of kRows of them: as they are, or copied, with zeros for the first `lacking` inputs and the last ones.
+  // Rows of `depth` inputs, a multiple of kRows of them: those `given`, as they are or copied, with `lacking` zeros before and some behind.
   template <typename Input>
-  Operand operand(const Input* x, int64_t step, int64_t count, int64_t lacking, int64_t depth) const {
-    const int64_t given = std::min(in_ - (padded_in_ - depth), depth) - lacking;
+  static Operand operand(const Input* x, int64_t step, int64_t count, int64_t given, int64_t lacking, int64_t depth) {
     if constexpr (std::is_same_v<Input, at::BFloat16>) {
       if (given == depth && count % kRows == 0) return {x, step};
     }
@@ -313,7 +312,7 @@ class Bf16Product {
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < depth; k += kInputs) {
-      const at::BFloat16* weights = panel + k * kOutputs;
+      const at::BFloat16* weights = panel + k / 2 * kPanelStep;
       _tile_loadd(4, upper + k, row_bytes);
       _tile_loadd(5, lower + k, row_bytes);
       _tile_loadd(6, weights, kPanelBytes);
@@ -331,14 +330,14 @@ class Bf16Product {
   }
 
   static bool tiles_are_right() {
-    constexpr int64_t kDepth = 2 * kInputs;
-    std::vector<at::BFloat16> x(kRows * kDepth), panel(kOutputs * kDepth);
+    constexpr int64_t kDepth = 2 * kInputs, kStep = kDepth + 8, kSumStep = 3 * kOutputs;  // rows and sums are parts of longer ones
+    std::vector<at::BFloat16> x(kRows * kStep), panel(kOutputs * kDepth);
     for (size_t i = 0; i < x.size(); ++i) x[i] = from_float<at::BFloat16>(static_cast<float>(i * 37 % 23) - 11.0f);
     for (size_t i = 0; i < panel.size(); ++i) panel[i] = from_float<at::BFloat16>(static_cast<float>(i * 29 % 19) - 9.0f);
-    std::vector<float> ours(kRows * kOutputs), plain(kRows * kOutputs);  // small integers: every sum is exact
+    std::vector<float> ours(kRows * kSumStep), plain(kRows * kSumStep);  // small integers: every sum is exact
     const Session session;
-    in_tiles({x.data(), kDepth}, panel.data(), kDepth, ours.data(), kOutputs);
-    in_plain_loops({x.data(), kDepth}, panel.data(), kDepth, plain.data(), kOutputs);
+    in_tiles({x.data(), kStep}, panel.data(), kDepth, ours.data(), kSumStep);
+    in_plain_loops({x.data(), kStep}, panel.data(), kDepth, plain.data(), kSumStep);
     return ours == plain;
   }
 #endif

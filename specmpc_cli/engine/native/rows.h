@@ -1,6 +1,7 @@
 // What the kernels have in common: rows and vectors in memory, and the arithmetic of a row.
 //
-// Everything is computed in fp32, whatever the rows are stored in. Plain loops: the compiler vectorises them for the machine it runs on.
+// Everything is computed in fp32, whatever the rows are stored in. Plain loops, but for one instruction: the compiler vectorises them for
+// the machine it runs on.
 
 #pragma once
 
@@ -39,13 +40,13 @@ inline at::BFloat16 from_float<at::BFloat16>(float x) {
   return at::BFloat16(static_cast<uint16_t>(x != x ? 0x7fc0u : rounded), at::BFloat16::from_bits());
 }
 
-// `count` values in another type.
+// Copies `count` values, rounded where the type is narrower.
 inline void convert(const float* from, int64_t count, float* to) { std::copy_n(from, count, to); }
 inline void convert(const at::BFloat16* from, int64_t count, at::BFloat16* to) { std::copy_n(from, count, to); }
 inline void convert(const float* from, int64_t count, at::BFloat16* to) {
   int64_t k = 0;
 #ifdef __AVX512BF16__
-  for (; k + 32 <= count; k += 32) {  // the compiler does not find this instruction
+  for (; k + 32 <= count; k += 32) {  // the compiler does not find this instruction; it takes subnormals as zero, which the rest does not
     _mm512_storeu_si512(to + k, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + k + 16), _mm512_loadu_ps(from + k)));
   }
 #endif

@@ -1,0 +1,134 @@
+"""Packed networks compute what their layers do, and planners use them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from specmpc_cli.engine import native
+from specmpc_cli.engine.batched_planner import BatchedPlanner
+from specmpc_cli.engine.compiled import compiled_kernels
+from specmpc_cli.engine.layers import Affine, Mlp, SimNorm, Stack
+from specmpc_cli.engine.planner import PlannerSettings
+from specmpc_cli.engine.world_model import QEnsemble, WorldModel
+from tests.conftest import make_model
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_stacks_compute_what_their_layers_do(dtype: torch.dtype) -> None:
+    assert native.built()
+    torch.manual_seed(0)
+    nets: list[Stack] = [Mlp(38, [48, 48], 32, SimNorm(8)), Mlp(38, [48], 5), Mlp(38, [], 5)]
+    q = QEnsemble(4, 38, 48, 11)
+    for layer in (layer for net in (*nets, q.layers) for layer in net):
+        assert isinstance(layer, Affine)
+        torch.nn.init.normal_(layer.requires_grad_(False).bias)
+        layer.weight.data, layer.bias.data = layer.weight.data.to(dtype) * 10, layer.bias.data.to(dtype)
+    x, shared, own = torch.randn(1, 50, 38), torch.randn(1, 1, 32), torch.randn(1, 50, 6)
+    close = dict(rtol=0, atol=1e-5 if dtype is torch.float32 else 0.05)
+
+    def packed(net: Stack) -> Stack:
+        twin = copy.deepcopy(net)
+        twin.pack()
+        return twin
+
+    for net in nets:
+        torch.testing.assert_close(packed(net)(x), net(x), **close)
+        torch.testing.assert_close(packed(net)(x[0]), net(x[0]), **close)
+    alike = shared.to(dtype).float()
+    torch.testing.assert_close(packed(nets[0])(own, shared=alike), nets[0](own, shared=alike), **close)
+    together = torch.cat([alike.expand(-1, 50, -1), own], -1)
+    torch.testing.assert_close(packed(nets[0])(own, shared=alike), packed(nets[0])(together), **close)
+    twin = copy.deepcopy(q)
+    twin.layers.pack()
+    for head, rows in (
+        (1, x),
+        (None, x),
+        (None, x.expand(4, -1, -1)),
+        (torch.tensor([2]), x),
+        (torch.tensor([0, 3]), x.expand(2, -1, -1)),
+    ):
+        plain, fused = q.logits(rows, head), twin.logits(rows, head)
+        assert plain.shape == fused.shape and plain.dtype == fused.dtype
+        torch.testing.assert_close(fused, plain, **close)
+
+
+SMALL = PlannerSettings(discount=0.99, iterations=2, num_samples=32, num_elites=8, num_pi_trajs=4)
+
+
+def nets_called(planner: BatchedPlanner, model: WorldModel) -> int:
+    """By one plan."""
+    keys = torch.tensor([1]), torch.tensor([3])
+    with torch.inference_mode():
+        arguments = model.encode(torch.randn(1, 4)), torch.zeros(1, 3, 2), *keys
+        planner(*arguments)
+        with torch.profiler.profile() as profile:
+            planner(*arguments)
+    return sum(event.count for event in profile.key_averages() if event.key == "specmpc::fused_mlp")
+
+
+@pytest.mark.compiler
+def test_a_compiled_planner_uses_them_and_takes_over_new_weights() -> None:
+    model, other = make_model(), make_model()
+    planner = BatchedPlanner(model, SMALL, kernels=compiled_kernels())
+    # dynamics and reward at three steps, the policy prior and two Q-heads in two iterations; its own rollouts before
+    assert nets_called(planner, model) == 2 * (3 + 3 + 1 + 2) + (3 + 2)
+    with torch.no_grad():
+        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            mine.copy_(theirs + 0.01)
+    planner.refresh()
+    arguments = torch.rand(1, 16), torch.zeros(1, 3, 2), torch.tensor([1]), torch.tensor([3])
+    with torch.inference_mode():
+        expected = BatchedPlanner(model, SMALL)(*arguments)
+        torch.testing.assert_close(planner(*arguments).mean, expected.mean, rtol=0, atol=1e-4)
+
+
+@pytest.mark.compiler
+def test_a_model_without_kernels_for_its_dtype_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "multiplies", lambda dtype: dtype is torch.float32)
+    half, full = (make_model().compute_copy(dtype) for dtype in (torch.bfloat16, torch.float32))
+    for model in (half, full):
+        model.pack()
+    assert half.dynamics.packed is None and full.dynamics.packed is not None
+    assert full.encoder.packed is None, "it does not plan"
+
+
+@pytest.mark.compiler
+def test_a_copy_for_another_dtype_is_not_packed_for_the_old_one() -> None:
+    model = make_model().compute_copy(torch.float32)
+    model.pack()
+    twin = model.compute_copy(torch.bfloat16)
+    assert model.dynamics.packed is not None and twin.dynamics.packed is None
+    twin.take_weights(model)
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_packed_model_takes_over_weights_of_every_net(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.built()
+    monkeypatch.setattr(native, "multiplies", lambda _: True)
+    model, other = make_model(episodic=True), make_model(episodic=True)
+    assert model.termination_net is not None
+    with torch.no_grad():
+        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            mine.copy_(theirs + 0.05 * torch.randn_like(theirs))
+    plain, packed = other.compute_copy(dtype), other.compute_copy(dtype)
+    packed.pack()
+    z, a, index = torch.rand(1, 20, 16), torch.rand(1, 20, 2) - 0.5, torch.tensor([[0, 1]])
+    for twin in (plain, packed):
+        twin.take_weights(model)
+    close = dict(rtol=0, atol=1e-5 if dtype is torch.float32 else 0.05)
+    for compute in (
+        lambda m: m.next(z, a),
+        lambda m: m.next(z[:, :1], a),
+        lambda m: m.reward(z, a),
+        lambda m: m.reward(z[:, :1], a),
+        lambda m: m.pi_sample(z, a),
+        lambda m: m.q_pair(z, a, index),
+        lambda m: m.termination_net(z),
+    ):
+        torch.testing.assert_close(compute(packed), compute(plain), **close)
+        assert not torch.allclose(compute(packed), compute(other.compute_copy(dtype)), **close), "the old weights"
