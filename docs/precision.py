@@ -5,8 +5,9 @@
 Rows: plain replanning, and each corrector at each horizon. Both precisions draw the same numbers and play the same `compare` episodes;
 the interval is that of the ratio of paired returns.
 
-A machine that does not multiply bf16 computes what one with AMX would: operands rounded to bf16, products and sums in fp32, results
-rounded to bf16. That leaves the order of the sums, in which two such machines differ as well. It takes about as long as fp32.
+A machine that does not multiply bf16 computes what oneDNN does on one that does: operands rounded to bf16, products and sums in fp32,
+results rounded to bf16 (where our own kernels multiply, only what goes into the next product is rounded). That leaves the order of the
+sums, in which two such machines differ as well. It takes about as long as fp32.
 """
 
 from __future__ import annotations

@@ -42,9 +42,10 @@ from specmpc_cli.workflows.store import timestamp
 WHAT = ("plan", "batch", "update", "step")
 DEFAULT_SIZES = (1, 5)
 TASK = "walker-walk"
-_WARM_UP = 3  # pairs of runs that are not counted
-_SECONDS = 6.0  # of counted runs per row, but no fewer than _FEWEST pairs and no more than _MOST
+_WARM_UP = 3  # runs of each path that are not counted
+_SECONDS = 6.0  # of counted runs per row, but no fewer than _FEWEST of each path and no more than about _MOST
 _FEWEST, _MOST = 5, 300
+_TURN_MS = 10.0  # of our runs, at least one: short ones that alternated singly would each find the other's weights in the caches
 _CPU_BATCH, _CUDA_BATCH = 4, 64
 PEAK_SIZE = {"cpu": 2048, "cuda": 8192}  # of the square product that tells the device's speed
 _HORIZON = 6  # env steps per plan of the timed step, which is of age 1
@@ -260,23 +261,28 @@ class Subject:
 
 
 def measure(case: Case, runtime: Runtime, seconds: float) -> dict[str, Any]:
-    """A row of the report but for its floor: medians of interleaved runs, warm-up left out."""
+    """A row of the report but for its floor: medians of runs in turns, warm-up left out."""
     watch = Stopwatch(runtime.device)
-    times: dict[str, list[float]] = {"ours": [], "plain": []}
-    spent, pairs = 0.0, -_WARM_UP
-    while pairs < _FEWEST or (spent < seconds * 1e3 and pairs < _MOST):
-        for name, run in (("ours", case.ours), ("plain", case.plain)):
+
+    def timed(run: Callable[[], object], count: int) -> list[float]:
+        times = []
+        for _ in range(count):
             watch.start()
             run()
-            elapsed = watch.stop_ms()
-            if pairs >= 0:
-                times[name].append(elapsed)
-                spent += elapsed
-        pairs += 1
+            times.append(watch.stop_ms())
+        return times
+
+    timed(case.plain, _WARM_UP)
+    turn = max(1, min(round(_TURN_MS / min(timed(case.ours, _WARM_UP))), _MOST))
+    ours_ms: list[float] = []
+    plain_ms: list[float] = []
+    while len(ours_ms) < _FEWEST or (sum(ours_ms) + sum(plain_ms) < seconds * 1e3 and len(ours_ms) < _MOST):
+        ours_ms += timed(case.ours, turn)
+        plain_ms += timed(case.plain, turn)
     with FlopCounterMode(display=False) as counter:
         case.work()
     gflop = counter.get_total_flops() / 1e9
-    ours, plain = statistics.median(times["ours"]), statistics.median(times["plain"])
+    ours, plain = statistics.median(ours_ms), statistics.median(plain_ms)
     return {
         "what": case.what,
         "size": case.size,
@@ -285,7 +291,7 @@ def measure(case: Case, runtime: Runtime, seconds: float) -> dict[str, Any]:
         "plain_ms": plain,
         "ratio": plain / ours,
         "gflop": gflop,
-        "pairs": pairs,
+        "pairs": len(ours_ms),
         "compiled": runtime.compiled,
     }
 

@@ -43,7 +43,7 @@ SMALL = PlannerSettings(discount=0.99, iterations=2, num_samples=32, num_elites=
 @pytest.mark.compiler
 @pytest.mark.parametrize(("num_q", "fused"), [(2, False), (5, True)])
 def test_compiled_and_eager_plans_agree(num_q: int, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With layers in one call, and as where there are none for the dtype; there by the kernel for what lies between two products."""
+    """With MLPs in one call, and as where there are none for the dtype; there by the kernel for what lies between two products."""
     if not fused:
         monkeypatch.setattr(native, "multiplies", lambda dtype: False)
         monkeypatch.setattr(norm_mish, "_WORTH_A_CALL", 1)
