@@ -71,6 +71,7 @@ struct Bins {
   }
 };
 
+// As pack_mlp, which has looked at the weights.
 template <typename Product>
 at::Tensor pack_for(const std::vector<Rows>& weights, bool grouped, const std::optional<at::Tensor>& into) {
   using Weight = typename Product::Weight;
@@ -135,6 +136,7 @@ class Layers {
   int64_t weights() const { return weights_; }
   int64_t vectors() const { return vectors_; }
   int64_t dim(size_t layer) const { return dims_[layer]; }
+  const Product& first() const { return products_[0]; }
 
   // Rows that are taken through all layers at a time: so few that with their sums they stay in the second cache, beside weights of a
   // moderate size; larger ones are better read less often.
@@ -142,7 +144,6 @@ class Layers {
     constexpr int64_t kFew = 64, kModerate = 1 << 20;
     return round_up(weights_ * sizeof(Weight) > kModerate ? 2 * kFew : kFew, Product::kRows);
   }
-  const Product& first() const { return products_[0]; }
 
   // `count` rows, at most block_rows(), `step` apart, which lack the first `skipped` inputs; `shift` has what is added to the first
   // product. → y, rows of the last layer's outputs, or what is expected of them.
