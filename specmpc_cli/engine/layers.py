@@ -172,9 +172,7 @@ class LinearEnsemble(Affine):
         bias = self.without_padding(self.bias if head is None else self.bias[head])  # [E, out], [out] or [B, out]
         if self.ln is None:
             return y.float() + over_rows(bias).float()
-        if mask is None:
-            return self.ln(y, bias, head)
-        return self.ln((y + over_rows(bias)) * mask, None, head)
+        return self.ln(y, bias, head, mask)
 
     def vectors(self) -> list[Tensor]:
         return [self.bias] if self.ln is None else [self.bias, self.ln.weight, self.ln.bias]
@@ -200,7 +198,9 @@ class StackedNormMish(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_heads, dim))
         self.bias = nn.Parameter(torch.zeros(num_heads, dim))
 
-    def forward(self, x: Tensor, shift: Tensor | None, head: int | Tensor | None) -> Tensor:
-        """x [B, N, dim] of one head (int), of one head per row [B], or [E, N, dim] of all heads (None), to which `shift` is added first."""
+    def forward(self, x: Tensor, shift: Tensor, head: int | Tensor | None, mask: Tensor | None) -> Tensor:
+        """x [B, N, dim] of one head (int), of one head per row [B], or [E, N, dim] of all heads (None). First `shift` is added, then `mask`
+        multiplies, if there is one.
+        """
         weight, bias = (self.weight, self.bias) if head is None else (self.weight[head], self.bias[head])
-        return norm_mish(x, shift, weight, bias)
+        return norm_mish(x, shift, weight, bias, mask)

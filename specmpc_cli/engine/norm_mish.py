@@ -1,4 +1,4 @@
-"""LayerNorm and Mish, what lies between the matrix products of every TD-MPC2 network.
+"""LayerNorm and Mish, and dropout before them: what lies between the matrix products of every TD-MPC2 network.
 
 Code that is compiled for a CPU calls a kernel of our own instead (engine/native), in which all of it is one pass, forwards and backwards.
 Where there is none, and in eager code, the formulas below are computed.
@@ -25,16 +25,19 @@ def mish(x: Tensor) -> Tensor:
     return x * (n / (n + 2.0))
 
 
-def norm_mish(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-    """mish(LayerNorm(x + shift)), computed in fp32, in the dtype of x.
+def norm_mish(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
+    """mish(LayerNorm((x + shift) · mask)), computed in fp32, in the dtype of x.
 
     Args:
         x: [..., D], fp32 or bf16; [G, N, D] if each of G groups has its own vectors.
         shift, weight, bias: [D] or [G, D], fp32; weight and bias are LayerNorm's. The shift is a product's bias, which is cheaper here.
+        mask: as x, fp32: dropout's factors; 1 if left out. It gets no gradient.
     """
     if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() >= _WORTH_A_CALL and native.built():
-        return torch.ops.specmpc.norm_mish(x, torch.zeros_like(weight) if shift is None else shift.float(), weight, bias)
+        return torch.ops.specmpc.norm_mish(x, torch.zeros_like(weight) if shift is None else shift.float(), weight, bias, mask)
     shifted = x.float() if shift is None else x.float() + over_rows(shift)
+    if mask is not None:
+        shifted = shifted * mask
     if weight.dim() == 1:
         normed = F.layer_norm(shifted, weight.shape, weight, bias)
     else:

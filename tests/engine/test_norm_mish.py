@@ -21,6 +21,7 @@ SHAPES = {  # x; shift, weight, bias: of all rows or of each group
     "no shift": ((512, 64), None, (64,)),
     "few rows, wide": ((9, 4096), (4096,), (4096,)),
 }
+MASKED = [(name, masked) for name in SHAPES for masked in (False, True)]
 
 
 def make(name: str) -> list[Tensor | None]:
@@ -29,11 +30,17 @@ def make(name: str) -> list[Tensor | None]:
     return [torch.randn(x) * 3 + 1, None if shift is None else torch.randn(shift), torch.rand(weight) * 3, torch.randn(weight) * 2]
 
 
-def exact(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+def dropped(x: Tensor) -> Tensor:
+    return F.dropout(torch.ones_like(x, dtype=torch.float32, requires_grad=False), 0.3)
+
+
+def exact(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
     """In double precision, from torch's own functions."""
     y, *vectors = (v.double() if v.dim() < 2 or v is x else v.double().unsqueeze(1) for v in (x, weight, bias))
     if shift is not None:
         y = y + (shift.double() if shift.dim() == 1 else shift.double().unsqueeze(1))
+    if mask is not None:
+        y = y * mask.double()
     return F.mish(F.layer_norm(y, x.shape[-1:]) * vectors[0] + vectors[1])
 
 
@@ -44,17 +51,19 @@ def kernel() -> Callable[..., Tensor]:
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("name", SHAPES)
-def test_values_and_gradients_are_those_of_the_formula(kernel: Callable[..., Tensor], name: str) -> None:
+@pytest.mark.parametrize(("name", "masked"), MASKED)
+def test_values_and_gradients_are_those_of_the_formula(kernel: Callable[..., Tensor], name: str, masked: bool) -> None:
     given = make(name)
+    assert given[0] is not None
+    mask = dropped(given[0]) if masked else None
     wanted = [None if v is None else v.double().requires_grad_() for v in given]
     ours = [None if v is None else v.clone().requires_grad_() for v in given]
     eager = [None if v is None else v.clone().requires_grad_() for v in given]
-    out, expected = kernel(*ours), exact(*wanted)
+    out, expected = kernel(*ours, mask), exact(*wanted, mask)
     slope = torch.randn(out.shape)
     out.backward(slope)
     expected.backward(slope.double())
-    norm_mish(*eager).backward(slope)
+    norm_mish(*eager, mask).backward(slope)
     torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=3e-6)
     for mine, formula, theirs in zip(ours, eager, wanted, strict=True):
         if theirs is not None:
@@ -63,12 +72,13 @@ def test_values_and_gradients_are_those_of_the_formula(kernel: Callable[..., Ten
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("name", SHAPES)
-def test_it_keeps_to_the_rules_for_custom_operators(kernel: Callable[..., Tensor], name: str) -> None:
+@pytest.mark.parametrize(("name", "masked"), MASKED)
+def test_it_keeps_to_the_rules_for_custom_operators(kernel: Callable[..., Tensor], name: str, masked: bool) -> None:
     x, shift, weight, bias = make(name)
     leaves = [v.requires_grad_() for v in (x, torch.zeros_like(weight) if shift is None else shift, weight, bias)]
-    torch.library.opcheck(torch.ops.specmpc.norm_mish.default, leaves)
-    torch.library.opcheck(torch.ops.specmpc.norm_mish_backward.default, [torch.randn_like(x), *(v.detach() for v in leaves)])
+    mask = dropped(x) if masked else None
+    torch.library.opcheck(torch.ops.specmpc.norm_mish.default, [*leaves, mask])
+    torch.library.opcheck(torch.ops.specmpc.norm_mish_backward.default, [torch.randn_like(x), *(v.detach() for v in leaves), mask])
 
 
 @pytest.mark.compiler

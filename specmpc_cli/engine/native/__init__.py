@@ -57,8 +57,8 @@ def _load() -> str | None:
             torch.ops.load_library(_build())
     except (OSError, subprocess.SubprocessError) as error:
         return _reason(error)
-    torch.library.register_fake("specmpc::norm_mish", lambda x, *vectors: _like(x))
-    torch.library.register_fake("specmpc::norm_mish_backward", lambda grad, *inputs: tuple(map(_like, inputs)))
+    torch.library.register_fake("specmpc::norm_mish", lambda x, *others: _like(x))
+    torch.library.register_fake("specmpc::norm_mish_backward", lambda grad, *inputs: tuple(map(_like, inputs[:4])))
     torch.library.register_autograd("specmpc::norm_mish", _backward, setup_context=_remember)
     torch.library.register_fake("specmpc::fused_mlp", _fused_mlp_like)
     return None
@@ -75,12 +75,12 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _remember(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _remember(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    return torch.ops.specmpc.norm_mish_backward(grad, *ctx.saved_tensors)
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.specmpc.norm_mish_backward(grad, *ctx.saved_tensors), None
 
 
 def _fused_mlp_like(

@@ -6,8 +6,10 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(specmpc, m) {
-  m.def("norm_mish(Tensor x, Tensor shift, Tensor weight, Tensor bias) -> Tensor");
-  m.def("norm_mish_backward(Tensor grad, Tensor x, Tensor shift, Tensor weight, Tensor bias) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("norm_mish(Tensor x, Tensor shift, Tensor weight, Tensor bias, Tensor? mask) -> Tensor");
+  m.def(
+      "norm_mish_backward(Tensor grad, Tensor x, Tensor shift, Tensor weight, Tensor bias, Tensor? mask)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("pack_mlp(Tensor[] weights, Tensor(a!)? into) -> Tensor(a!)");
   m.def(
       "fused_mlp(Tensor x, Tensor? shared, Tensor packed, Tensor vectors, int[] dims, int softmax_size, float[]? range, Tensor? heads)"
