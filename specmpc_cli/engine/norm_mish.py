@@ -25,7 +25,7 @@ def mish(x: Tensor) -> Tensor:
     return x * (n / (n + 2.0))
 
 
-def norm_mish(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
+def norm_mish(x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
     """mish(LayerNorm((x + shift) · mask)), computed in fp32, in the dtype of x.
 
     Args:
@@ -34,8 +34,8 @@ def norm_mish(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, mas
         mask: as x, fp32: dropout's factors; 1 if left out. It gets no gradient.
     """
     if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() >= _WORTH_A_CALL and native.built():
-        return torch.ops.specmpc.norm_mish(x, torch.zeros_like(weight) if shift is None else shift.float(), weight, bias, mask)
-    shifted = x.float() if shift is None else x.float() + over_rows(shift)
+        return torch.ops.specmpc.norm_mish(x, shift.float(), weight, bias, mask)
+    shifted = x.float() + over_rows(shift)
     if mask is not None:
         shifted = shifted * mask
     if weight.dim() == 1:

@@ -64,7 +64,7 @@ struct Bins {
     for (int64_t j = 0; j < count; ++j) {
       const float e = exp_for_mish(logits[j] - most);
       sum += e;
-      weighted += e * static_cast<float>(static_cast<int32_t>(j));
+      weighted += e * static_cast<float>(static_cast<int32_t>(j));  // 64 bits have no conversion without AVX-512
     }
     const float mean = low + step * (weighted / sum);
     return std::copysign(std::expm1(std::abs(mean)), mean);
