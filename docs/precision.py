@@ -1,13 +1,13 @@
-"""Is bf16 another controller? Plays the same episodes in fp32 and in bf16, and prints what the difference does to the return.
+"""Is bf16, or int8, another controller? Plays the same episodes in fp32 and in it, and prints what the difference does to the return.
 
-    python docs/precision.py STORE TASK [--episodes 20] [--horizons 12] [--seed 0] [--out precision.json]
+    python docs/precision.py STORE TASK [--dtype bf16] [--episodes 20] [--horizons 12] [--seed 0] [--out precision.json]
 
 Rows: plain replanning, and each corrector at each horizon. Both precisions draw the same numbers and play the same `compare` episodes;
 the interval is that of the ratio of paired returns.
 
-A machine that does not multiply bf16 computes what oneDNN does on one that does: operands rounded to bf16, products and sums in fp32,
-results rounded to bf16 (where our own kernels multiply, only what goes into the next product is rounded). That leaves the order of the
-sums, in which two such machines differ as well. It takes about as long as fp32.
+int8 needs a processor that has it. A machine that does not multiply bf16 computes what oneDNN does on one that does: operands rounded to
+bf16, products and sums in fp32, results rounded to bf16 (where our own kernels multiply, only what goes into the next product is rounded).
+That leaves the order of the sums, in which two such machines differ as well. It takes about as long as fp32.
 """
 
 from __future__ import annotations
@@ -75,14 +75,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", type=Path)
     parser.add_argument("task")
+    parser.add_argument("--dtype", choices=("bf16", "int8"), default="bf16")
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--horizons", default="12")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
-    precisions = {name: choose_runtime("auto", name) for name in ("fp32", "bf16")}
-    emulated = not multiplies_bf16(precisions["bf16"].device)
+    dtype = options.dtype
+    precisions = {name: choose_runtime("auto", name) for name in ("fp32", dtype)}
+    emulated = dtype == "bf16" and not multiplies_bf16(precisions["bf16"].device)
     if emulated:
         emulate_bf16()
     spec = lookup(options.task).spec
@@ -95,23 +97,24 @@ def main() -> None:
     envs = VectorEnv.make(spec.task, envs_for(options.episodes))
     episodes = episodes_of(Purpose.COMPARE, options.seed, options.episodes)
 
-    print(f"{spec.task}, {options.episodes} episodes, seed {options.seed}, bf16 {'emulated' if emulated else 'by the hardware'}\n")
-    print("| way | calls saved | fp32 | bf16 | bf16 / fp32 |\n|---|---|---|---|---|", flush=True)
+    print(f"{spec.task}, {options.episodes} episodes, seed {options.seed}, {dtype} {'emulated' if emulated else 'by the hardware'}\n")
+    print(f"| way | calls saved | fp32 | {dtype} | {dtype} / fp32 |\n|---|---|---|---|---|", flush=True)
     rows: list[dict[str, Any]] = []
     for way in ways:
         stats = {name: evaluate(bench, way, envs, episodes) for name, bench in benches.items()}
         returns = {name: scores_of(of, use_success=False) for name, of in stats.items()}
-        value, interval = ratio(returns["bf16"], returns["fp32"]), ratio_ci95(returns["bf16"], returns["fp32"])
+        value, interval = ratio(returns[dtype], returns["fp32"]), ratio_ci95(returns[dtype], returns["fp32"])
         within = f"{value:.1%} ({interval[0]:.1%}–{interval[1]:.1%})" if value is not None and interval else "–"
         print(
-            f"| {way.label} | {calls_saved(stats['fp32']):.1%} | {returns['fp32'].mean():.1f} | {returns['bf16'].mean():.1f} | {within} |",
+            f"| {way.label} | {calls_saved(stats['fp32']):.1%} | {returns['fp32'].mean():.1f} | {returns[dtype].mean():.1f} | {within} |",
             flush=True,
         )
         rows.append(
             {"way": way.label, "returns": {name: of.tolist() for name, of in returns.items()}, "ratio": value, "ratio_ci95": interval}
         )
         if options.out:
-            options.out.write_text(json.dumps({"task": spec.task, "seed": options.seed, "emulated": emulated, "rows": rows}, indent=1))
+            played = {"task": spec.task, "dtype": dtype, "seed": options.seed, "emulated": emulated}
+            options.out.write_text(json.dumps(played | {"rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -58,10 +58,11 @@ class Runtime:
     """Where and how tensors are computed; fixed for the life of a command."""
 
     device: torch.device
-    dtype: torch.dtype  # of the matrix products of planning and training; everything else is fp32
+    dtype: torch.dtype  # of the matrix products of training, and of planning unless that is int8; everything else is fp32
     compiled: bool
     threads: int
     notes: tuple[str, ...] = ()  # what the user should know about these choices
+    int8: bool = False  # whether a planner's products are of 8-bit integers
 
     @property
     def prepares(self) -> bool:
@@ -69,8 +70,13 @@ class Runtime:
         return self.compiled or self.device.type == "cuda"
 
     @property
+    def planning_dtype(self) -> torch.dtype:
+        """Of the matrix products that value a planner's candidates."""
+        return torch.int8 if self.int8 else self.dtype
+
+    @property
     def dtype_name(self) -> str:
-        return "bf16" if self.dtype == torch.bfloat16 else "fp32"
+        return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}[self.planning_dtype]
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -82,17 +88,18 @@ def choose_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
     """Resolves `--device` and `--dtype`.
 
     `auto` takes CUDA where there is one, and bf16 where the hardware multiplies it (GPUs since Ampere; CPUs with AMX or
-    AVX512-BF16), fp32 elsewhere: emulated bf16 is several times slower than fp32. Compilation needs a C++ compiler and Python's
-    headers, and can be switched off with SPECMPC_COMPILE=0.
+    AVX512-BF16), fp32 elsewhere: emulated bf16 is several times slower than fp32. `int8` is for planning on CPUs with AVX512-VNNI and
+    never chosen by `auto`; all else is then computed as `auto` would. Compilation needs a C++ compiler and Python's headers, and can be
+    switched off with SPECMPC_COMPILE=0.
 
     Raises:
-        ConfigError: an unknown device or dtype, or CUDA asked for where there is none.
+        ConfigError: an unknown device or dtype, CUDA asked for where there is none, or int8 where nothing multiplies it.
     """
     notes = []
     chosen = _choose_device(device)
     fast_bf16 = multiplies_bf16(chosen)
     match dtype:
-        case "auto":
+        case "auto" | "int8":
             resolved = torch.bfloat16 if fast_bf16 else torch.float32
         case "bf16":
             resolved = torch.bfloat16
@@ -102,14 +109,16 @@ def choose_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
         case "fp32":
             resolved = torch.float32
         case _:
-            raise ConfigError(f"--dtype must be auto, bf16 or fp32, got {dtype!r}")
+            raise ConfigError(f"--dtype must be auto, bf16, fp32 or int8, got {dtype!r}")
     compiled = os.environ.get("SPECMPC_COMPILE", "1") != "0"
+    if dtype == "int8" and (reason := _no_int8(chosen, compiled)):
+        raise ConfigError(f"--dtype int8 plans on a CPU with AVX512-VNNI, with compiled code: {reason}; use --dtype auto")
     if compiled and chosen.type == "cpu" and (missing := _missing_for_compilation()):
         compiled = False
         notes.append(f"{missing}: planning runs eagerly, about half as fast (on Debian: apt-get install g++ python3-dev)")
     if chosen.type == "cpu":
         _keep_freed_memory()
-    return Runtime(chosen, resolved, compiled, torch.get_num_threads(), tuple(notes))
+    return Runtime(chosen, resolved, compiled, torch.get_num_threads(), tuple(notes), dtype == "int8")
 
 
 def _choose_device(device: str) -> torch.device:
@@ -133,6 +142,22 @@ def multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def multiplies_int8() -> bool:
+    """Whether this CPU has the instructions for products of 8-bit integers that our kernels use."""
+    return torch.cpu._is_vnni_supported()
+
+
+def _no_int8(device: torch.device, compiled: bool) -> str | None:
+    """Why there is no planning in 8 bits; None where there is."""
+    if device.type != "cpu":
+        return f"--device is {device}"
+    if not multiplies_int8():
+        return "this CPU does not have it"
+    if not compiled:
+        return "SPECMPC_COMPILE=0 switches it off"
+    return _missing_for_compilation()
 
 
 def _missing_for_compilation() -> str | None:

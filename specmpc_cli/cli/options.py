@@ -20,7 +20,7 @@ def _shared(*names: str, **settings: Any) -> Any:
 _StoreOption = Annotated[Path, _shared(help="Folder of teachers, correctors, data and results.", envvar="SPECMPC_STORE")]
 _NameOption = Annotated[str, _shared(help="Keeps several teachers of one task apart.")]
 _DeviceOption = Annotated[str, _shared(help="auto, cpu, cuda or cuda:N.")]
-_DtypeOption = Annotated[str, _shared(help="Precision of matrix products: auto, bf16 or fp32.")]
+_DtypeOption = Annotated[str, _shared(help="Precision of matrix products: auto, bf16, fp32 or int8.")]
 _SeedOption = Annotated[int, _shared(min=0, max=49_999, help="Picks the episodes and all random draws.")]
 _JsonOption = Annotated[bool, _shared("--json", help="One JSON document on standard output.")]
 _QuietOption = Annotated[bool, _shared("--quiet", help="No notes, no progress.")]

@@ -35,6 +35,7 @@ class BatchedPlanner:
     ) -> None:
         """
         Args:
+            dtype: of the products that value candidates: fp32, bf16 or, with kernels that are packed on a CPU that has them, int8.
             batch_sizes: rows per call; must contain 1. A size that is at most half empty is filled up with copies, because the time of
                 a small batch is that of its launches.
             explore: adds training noise to the first action.
@@ -43,6 +44,8 @@ class BatchedPlanner:
         assert 1 in batch_sizes
         self.settings = settings
         self._rollout_model = model
+        assert dtype is not torch.int8 or kernels.packed
+        self._dtype = dtype
         self._compute_model = model.compute_copy(dtype)
         self._kernels = kernels
         self._to_pack = kernels.packed  # before the first plan: packing may have to build the kernels first
@@ -97,7 +100,7 @@ class BatchedPlanner:
     def _plan(self, z: Tensor, warm_start: Tensor, streams: Tensor, steps: Tensor) -> tuple[Tensor, ...]:
         """The fields of a plan of as many rows as one call takes, draws included."""
         if self._to_pack:
-            self._compute_model.pack()
+            self._compute_model.pack(int8=self._dtype is torch.int8)
             self._to_pack = False
         made = plan(
             self._compute_model,

@@ -120,14 +120,17 @@ class Stack(nn.ModuleList):
         self.last = last
         self.packed: PackedMlp | None = None
 
-    def pack(self) -> None:
-        """Packs the weights, or packs them again after they changed. Needs `native.multiplies`; what is packed keeps no gradients."""
+    def pack(self, int8: bool = False) -> None:
+        """Packs the weights, rounded to 8 bits if so wanted, or packs them again after they changed. What is packed keeps no gradients.
+
+        Needs `native.multiplies` for what is multiplied.
+        """
         layers = cast(list[Affine], list(self))
         assert all(layer.weight.shape[-2] == layer.out_dim for layer in layers), "padded weights are a GPU's"
         vectors = [vector.detach() for layer in layers for vector in layer.vectors()]
         values = [layer.weight.detach() for layer in layers], vectors
         if self.packed is None:
-            self.packed = PackedMlp(*values, self.last.dim if self.last else 0)
+            self.packed = PackedMlp(*values, self.last.dim if self.last else 0, int8)
         else:
             self.packed.renew(*values)
 

@@ -10,24 +10,26 @@ from torch import Tensor
 
 class PackedMlp:
     """Layers with LayerNorm and Mish, and a last one that is plain or has LayerNorm and SimNorm; or E such stacks, as heads. Needs
-    `native.multiplies` for the weights' dtype.
+    `native.multiplies` for the weights' dtype, or for int8.
     """
 
-    def __init__(self, weights: Sequence[Tensor], vectors: Sequence[Tensor], softmax_size: int = 0) -> None:
+    def __init__(self, weights: Sequence[Tensor], vectors: Sequence[Tensor], softmax_size: int = 0, int8: bool = False) -> None:
         """
         Args:
             weights: each layer's, [out, in] or [E, out, in], fp32 or bf16.
             vectors: for each layer its bias and, if it has a norm, LayerNorm's weight and bias, [out] or [E, out].
             softmax_size: SimNorm's in the last layer, 0 if that is plain.
+            int8: rounds fp32 weights to 8 bits, with one scale for each output, and inputs in every product, with one for each row.
         """
         self.dims = [weights[0].shape[-1], *(weight.shape[-2] for weight in weights)]
         self.softmax_size = softmax_size
-        self.weights = torch.ops.specmpc.pack_mlp(weights, None)  # [size] or [E, size]
+        self._int8 = int8
+        self.weights = torch.ops.specmpc.pack_mlp(weights, int8, None)  # [size] or [E, size]
         self.vectors = _joined(vectors)  # [V] or [E, V], fp32
 
     def renew(self, weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
         """Takes over new values of what it was made from."""
-        torch.ops.specmpc.pack_mlp(weights, self.weights)
+        torch.ops.specmpc.pack_mlp(weights, self._int8, self.weights)
         self.vectors.copy_(_joined(vectors))
 
     def __call__(

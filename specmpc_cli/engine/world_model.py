@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from specmpc_cli.engine import native
 from specmpc_cli.engine.layers import Affine, Linear, LinearEnsemble, Mlp, SimNorm, Stack
 from specmpc_cli.engine.twohot import two_hot_inv
+from specmpc_cli.errors import ConfigError
 
 LOG_STD_RANGE = (-10.0, 2.0)  # of the policy prior
 
@@ -261,15 +262,18 @@ class WorldModel(nn.Module):
     def compute_copy(self, dtype: torch.dtype) -> WorldModel:
         """A frozen copy whose matrix products run in `dtype`; LayerNorm parameters stay fp32. `take_weights` renews its weights.
 
+        For int8 weights stay fp32 until they are packed.
+
         For bf16 on a GPU weights are padded to multiples of eight, which its matrix units need at full speed.
         """
         twin = copy.deepcopy(self).requires_grad_(False).eval()
         twin._packed = []
+        stored = torch.float32 if dtype is torch.int8 else dtype
         on_gpu = next(self.parameters()).is_cuda
         for layer in twin.modules():
             if isinstance(layer, Affine):
-                layer.weight.data = layer.weight.data.to(dtype)
-                layer.bias.data = layer.bias.data.to(dtype)
+                layer.weight.data = layer.weight.data.to(stored)
+                layer.bias.data = layer.bias.data.to(stored)
                 if on_gpu and dtype is torch.bfloat16:
                     layer.pad(8)
             elif isinstance(layer, Stack):
@@ -277,16 +281,22 @@ class WorldModel(nn.Module):
         return twin
 
     @torch.inference_mode(False)
-    def pack(self) -> None:
-        """From now on what plans is computed by kernels of our own, without gradients; nothing changes where there are none for its device
-        and dtype.
+    def pack(self, int8: bool = False) -> None:
+        """From now on what plans is computed by kernels of our own, without gradients, in 8 bits if so wanted.
+
+        Nothing changes where there are none for its device and dtype.
+
+        Raises:
+            ConfigError: there are none for 8 bits.
         """
         nets = (self.dynamics, self.reward_net, self.termination_net, self.pi_net, self.q.layers)
         weight = next(self.dynamics.parameters())
-        at_hand = weight.device.type == "cpu" and native.multiplies(weight.dtype)
+        at_hand = weight.device.type == "cpu" and native.multiplies(torch.int8 if int8 else weight.dtype)
+        if int8 and not at_hand:
+            raise ConfigError(f"--dtype int8 cannot multiply here: {native.problem() or 'no instructions for it'}; use --dtype auto")
         self._packed = [net for net in nets if net is not None and at_hand]
         for net in self._packed:
-            net.pack()
+            net.pack(int8)
 
     @torch.no_grad()
     def take_weights(self, source: WorldModel) -> None:

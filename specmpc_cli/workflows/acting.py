@@ -43,7 +43,7 @@ def make_planner(model: WorldModel, config: PlannerConfig, spec: EnvSpec, runtim
     return BatchedPlanner(
         model,
         planner_settings(config, spec),
-        dtype=runtime.dtype,
+        dtype=runtime.planning_dtype,
         kernels=kernels_for(runtime),
         batch_sizes=batch_sizes_for(runtime),
         explore=explore,
@@ -158,6 +158,12 @@ def compilers_fault(error: Exception, runtime: Runtime) -> str:
         ) from error
     if not runtime.compiled:
         raise error
+    if runtime.int8:
+        raise ConfigError(f"--dtype int8 needs a compiler, and here it fails; use --dtype auto: {_first_line(error)}") from error
+    return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 

@@ -100,7 +100,7 @@ def benchmark(
             runtime = subject.runtime
             notes = list(dict.fromkeys([*notes, problem]))
         for case in cases:
-            for dtype in {runtime.dtype, _dtype_of(case.what, runtime)}:  # before each row, because clocks waver
+            for dtype in {runtime.planning_dtype, _dtype_of(case.what, runtime)}:  # before each row, because clocks waver
                 peaks[dtype] = max(peaks.get(dtype, 0.0), peak_gflops(runtime, dtype))
             row = measure(case, runtime, _SECONDS if seconds is None else seconds)
             rows.append(row)
@@ -115,7 +115,7 @@ def benchmark(
         "dtype": runtime.dtype_name,
         "compiled": runtime.compiled,
         "threads": runtime.threads,
-        "peak_gflops": peaks[runtime.dtype],
+        "peak_gflops": peaks[runtime.planning_dtype],
         "versions": versions(),
         "date": timestamp(),
         "notes": notes,
@@ -297,21 +297,24 @@ def measure(case: Case, runtime: Runtime, seconds: float) -> dict[str, Any]:
 
 
 def _dtype_of(what: str, runtime: Runtime) -> torch.dtype:
-    """Of a row's products: a controller's step is computed in fp32."""
-    return torch.float32 if what == "step" else runtime.dtype
+    """Of a row's products: a controller's step is computed in fp32, and 8 bits are the planner's."""
+    return {"step": torch.float32, "update": runtime.dtype}.get(what, runtime.planning_dtype)
 
 
 @torch.inference_mode()
 def peak_gflops(runtime: Runtime, dtype: torch.dtype) -> float:
     """GFLOP/s of a large matrix product, torch's or our own, whichever is faster: what arithmetic alone could reach here now."""
     device, size = runtime.device, PEAK_SIZE[runtime.device.type]
-    a = torch.randn(size, size, device=device).to(dtype)
-    rates = [_gflops(lambda: torch.mm(a, a), size**3, device)]
+    given, rates = torch.randn(size, size, device=device), []
+    if dtype is not torch.int8:
+        a = given.to(dtype)
+        rates.append(_gflops(lambda: torch.mm(a, a), size**3, device))
     if runtime.compiled and device.type == "cpu" and native.multiplies(dtype):
         width = size // 4  # a layer's
-        layer = Mlp(width, [], width).to(dtype)
-        layer.pack()
-        rows = a[:, :width].float()
+        int8 = dtype is torch.int8
+        layer = Mlp(width, [], width).to(torch.float32 if int8 else dtype)
+        layer.pack(int8)
+        rows = given[:, :width].contiguous()
         rates.append(_gflops(lambda: layer(rows), size * width**2, device))
     return max(rates)
 

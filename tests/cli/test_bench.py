@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from specmpc_cli.engine import native
 from specmpc_cli.engine.planner import EAGER, Kernels
 from specmpc_cli.engine.runner import judge
 from specmpc_cli.engine.world_model import MODEL_SIZES
@@ -80,6 +81,8 @@ def test_our_own_product_counts_among_the_large_ones(monkeypatch: pytest.MonkeyP
     assert peak_gflops(runtime, torch.float32) == 2.0
     assert timed == [((64, 64), 64**3), ((64, 16), 64 * 16**2)]
     assert peak_gflops(replace(runtime, compiled=False), torch.float32) == 3.0
+    monkeypatch.setattr(native, "multiplies", lambda dtype: True)
+    assert peak_gflops(runtime, torch.int8) == 4.0 and timed[3] == ((64, 16), 64 * 16**2)  # torch has no such product
 
 
 def test_the_count_of_products_is_the_planners(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ from specmpc_cli.engine.planner import EAGER, PlannerSettings, Search, select
 from specmpc_cli.engine.runner import judge
 from specmpc_cli.errors import ConfigError
 from specmpc_cli.types import Plan
+from specmpc_cli.workflows.acting import compilers_fault
 from tests.conftest import make_model
 
 SMALL = PlannerSettings(discount=0.99, iterations=2, num_samples=32, num_elites=8, num_pi_trajs=4)
@@ -178,6 +179,36 @@ def test_auto_takes_bf16_only_where_the_hardware_multiplies_it(monkeypatch: pyte
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     chosen = runtime.choose_runtime("cpu", "bf16")
     assert chosen.dtype == torch.bfloat16 and "emulated" in chosen.notes[0]
+
+
+def test_int8_is_the_planners_alone_and_never_chosen_by_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECMPC_COMPILE", "1")
+    monkeypatch.setattr(runtime, "_missing_for_compilation", lambda: None)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    asked, auto = runtime.choose_runtime("cpu", "int8"), runtime.choose_runtime("cpu", "auto")
+    assert (asked.dtype_name, asked.planning_dtype, asked.dtype) == ("int8", torch.int8, auto.dtype)
+    assert auto.planning_dtype is auto.dtype and asked.facts["dtype"] == "int8"
+    with pytest.raises(ConfigError, match="needs a compiler, and here it fails; use --dtype auto: no space left"):
+        compilers_fault(OSError("no space left\nmore"), asked)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "reason"),
+    [
+        ("instructions", "this CPU does not have it"),
+        ("compiling", "SPECMPC_COMPILE=0 switches it off"),
+        ("compiler", "no C.. compiler found"),
+        ("CPU", "--device is cuda"),
+    ],
+)
+def test_int8_is_refused_where_nothing_multiplies_it(monkeypatch: pytest.MonkeyPatch, lacking: str, reason: str) -> None:
+    monkeypatch.setenv("SPECMPC_COMPILE", "0" if lacking == "compiling" else "1")
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: lacking != "instructions")
+    monkeypatch.setattr(runtime, "_missing_for_compilation", lambda: "no C++ compiler found" if lacking == "compiler" else None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    with pytest.raises(ConfigError, match=f"--dtype int8 plans on a CPU with AVX512-VNNI, with compiled code: {reason}; use --dtype auto"):
+        runtime.choose_runtime("cuda" if lacking == "CPU" else "cpu", "int8")
 
 
 def test_gpus_without_bf16_products_take_fp32(monkeypatch: pytest.MonkeyPatch) -> None:

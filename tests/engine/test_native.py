@@ -60,10 +60,11 @@ class Given(NamedTuple):
     group: int
     heads: Tensor | None
     expect: tuple[float, float] | None = None
+    int8: bool = False
 
     @property
     def arguments(self) -> tuple[object, ...]:
-        packed = torch.ops.specmpc.pack_mlp(self.weights, None)
+        packed = torch.ops.specmpc.pack_mlp(self.weights, self.int8, None)
         vectors = torch.cat([vector for layer in self.vectors for vector in layer], -1)
         dims = [self.weights[0].shape[-1], *(weight.shape[-2] for weight in self.weights)]
         return self.x, self.shared, packed, vectors, dims, self.group, self.expect, self.heads
@@ -72,37 +73,58 @@ class Given(NamedTuple):
         return torch.ops.specmpc.fused_mlp(*self.arguments)
 
     def exact(self) -> Tensor:
-        """In double precision, from torch's own functions; features between layers in the weights' dtype."""
+        """In double precision, from torch's own functions; features between layers in the weights' dtype, or in 8 bits."""
         dtype, grouped = self.weights[0].dtype, self.weights[0].dim() == 3
         picked = slice(None) if self.heads is None else self.heads
         y = self.x
-        if self.shared is not None:
-            y = torch.cat([self.shared.expand(*y.shape[:-1], -1), y], -1)
+        rounded = in_8_bits if self.int8 else lambda x: x.to(dtype).double()
+        parts = [y] if self.shared is None else [self.shared.expand(*y.shape[:-1], -1), y]
+        y = torch.cat([rounded(part) for part in parts], -1)  # parts that come apart are rounded apart
         for number, (weight, vectors) in enumerate(zip(self.weights, self.vectors, strict=True)):
             weight = weight[picked] if grouped else weight
             bias, *norm = (v[picked].double().unsqueeze(-2) if grouped else v.double() for v in vectors)
-            y = y.to(dtype).double() @ weight.double().transpose(-1, -2) + bias
+            weight = weight_in_8_bits(weight) if self.int8 else weight.double()
+            y = (rounded(y) if number else y) @ weight.transpose(-1, -2) + bias
             if norm:
                 y = F.layer_norm(y, y.shape[-1:]) * norm[0] + norm[1]
                 y = F.mish(y) if number < len(self.weights) - 1 else SimNorm(self.group)(y)
         return y
 
 
+def in_8_bits(x: Tensor) -> Tensor:
+    """Rows, each as multiples of a scale of its own, of which 256 reach from its least to its greatest value, or to 0."""
+    x = x.double()
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = (high - low) / 255
+    zero = (-low / scale).round()
+    return (((x / scale).round() + zero).clamp(0, 255) - zero) * scale
+
+
+def weight_in_8_bits(weight: Tensor) -> Tensor:
+    """Each output's weights as multiples of a scale of its own, from -127 to 127."""
+    scale = weight.double().abs().amax(-1, keepdim=True) / 127
+    return (weight.double() / scale).round() * scale
+
+
 def given(name: str, dtype: torch.dtype = torch.float32) -> Given:
+    """Weights of this dtype, or fp32 ones for products in int8."""
     assert native.built()
     case = CASES[name]
     torch.manual_seed(0)
     stacks = (case.stacks,) if case.stacks else ()
     weights, vectors = [], []
     for i, o in zip(case.dims, case.dims[1:], strict=False):
-        weights.append((torch.randn(*stacks, o, i) / i**0.5).to(dtype))
+        weights.append((torch.randn(*stacks, o, i) / i**0.5).to(torch.float32 if dtype is torch.int8 else dtype))
         vectors.append([torch.randn(*stacks, o), torch.rand(*stacks, o) * 2, torch.randn(*stacks, o)])
     if not case.group:
         vectors[-1] = vectors[-1][:1]
     shared = torch.randn(*case.x[:-2], 1, case.shared) if case.shared else None
     assert case.x[-1] + case.shared == case.dims[0]
     heads = None if case.heads is None else torch.tensor(case.heads)
-    return Given(torch.randn(case.x), shared, weights, vectors, case.group, heads)
+    return Given(torch.randn(case.x), shared, weights, vectors, case.group, heads, int8=dtype is torch.int8)
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 
 
 @pytest.mark.compiler
@@ -124,6 +146,34 @@ def test_bf16_rounds_operands_only(name: str) -> None:
     deep = len(mlp.weights) > 1
     torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=4e-3 if deep else 1e-5)
     assert (out - expected).abs().median() < (2e-4 if deep else 1e-6)
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("name", CASES)
+def test_int8_rounds_operands_only(name: str) -> None:
+    """Sums of integers are exact; where a feature lies between two of them, it may be rounded the other way."""
+    mlp = given(name, torch.int8)
+    out, expected = mlp.fused(), mlp.exact()
+    assert out.dtype is torch.float32
+    deep = len(mlp.weights) > 1
+    torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=5e-2 if deep else 2e-5)
+    assert (out - expected).abs().median() < (2e-3 if deep else 2e-6)
+    unrounded = given(name).exact()
+    assert (out - unrounded).square().mean() < 1e-3 * unrounded.square().mean()  # an error of 3 %
+
+
+@pytest.mark.compiler
+def test_int8_takes_rows_and_weights_of_any_size() -> None:
+    """Of zeros, of one sign, and of very different sizes, which are rounded apart."""
+    mlp = given("a plain layer", torch.int8)
+    x, weight = mlp.x.clone(), mlp.weights[0].clone()
+    x[0], x[1], x[2], x[3] = 0.0, x[1].abs(), -x[2].abs(), x[3] * 1e6
+    weight[0], weight[1], weight[2] = 0.0, weight[1] * 1e6, weight[2] * 1e-30
+    some = mlp._replace(x=x, weights=[weight], vectors=[[torch.zeros(16)]])
+    exact = x.double() @ weight.double().T
+    assert not some.fused()[0].any() and not some.fused()[:, 0].any()
+    size = x.double().norm(dim=1)[1:, None] * weight.double().norm(dim=1)[1:]
+    assert ((some.fused().double() - exact)[1:, 1:].abs() / size).max() < 1e-2
 
 
 @pytest.mark.compiler
@@ -151,7 +201,7 @@ def test_features_between_layers_are_rounded_once(dim: int) -> None:
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@DTYPES
 @pytest.mark.parametrize("name", CASES)
 def test_it_keeps_to_the_rules_for_custom_operators(name: str, dtype: torch.dtype) -> None:
     for expect in (None, (-10.0, 10.0)) if CASES[name].group == 0 else (None,):
@@ -159,7 +209,7 @@ def test_it_keeps_to_the_rules_for_custom_operators(name: str, dtype: torch.dtyp
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@DTYPES
 @pytest.mark.parametrize("name", ["several blocks", "large weights", "bins", "odd sizes"])  # the last panel whole, or a part of one
 def test_a_row_is_the_same_to_the_bit_whatever_is_computed_beside_it(name: str, dtype: torch.dtype) -> None:
     mlp, threads = given(name, dtype)._replace(expect=(-5.0, 5.0) if name == "bins" else None), torch.get_num_threads()
@@ -185,7 +235,7 @@ def test_rows_need_not_lie_side_by_side() -> None:
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@DTYPES
 def test_one_row_may_stand_for_many(dtype: torch.dtype) -> None:
     mlp = given("three axes", dtype)
     same = mlp._replace(x=mlp.x[:, :1].expand(-1, 70, -1))
@@ -204,7 +254,7 @@ def test_groups_may_come_from_shared_inputs_or_heads_alone() -> None:
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@DTYPES
 @pytest.mark.parametrize("name", ["odd sizes", "an odd number of shared inputs"])
 def test_nothing_stale_is_read(name: str, dtype: torch.dtype) -> None:
     """What an earlier call left in memory, in rows and inputs beyond those given, does not matter."""
@@ -216,12 +266,15 @@ def test_nothing_stale_is_read(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.compiler
 def test_what_is_not_finite_is_not_hidden() -> None:
-    for name in ("simnorm", "several blocks"):
-        for dtype in (torch.float32, torch.bfloat16):
+    for name in ("simnorm", "several blocks", "a plain layer"):
+        for dtype in (torch.float32, torch.bfloat16, torch.int8):
             mlp = given(name, dtype)
             mlp.x[3, 0], mlp.x[5, 1] = torch.nan, torch.inf
             out = mlp.fused()
-            assert out[[3, 5]].isnan().any(1).all() and out[[0, 1, 2, 4, 6]].isfinite().all()
+            assert not out[[3, 5]].isfinite().all(1).any() and out[[0, 1, 2, 4]].isfinite().all()
+    weight = given("a plain layer", torch.int8)
+    weight.weights[0][3, 7] = torch.nan
+    assert weight.fused().isnan().any(0).nonzero().flatten().tolist() == [3]
     plain = given("simnorm of four")
     far = plain._replace(vectors=[[torch.zeros(20), torch.full((20,), 1e4), torch.zeros(20)]])
     torch.testing.assert_close(far.fused().double(), far.exact(), rtol=0, atol=1e-2)  # one-hot: a logit's last digit counts 1e-3
@@ -280,7 +333,14 @@ def test_what_does_not_fit_is_refused(change: dict[str, object], complaint: str)
 def test_weights_that_make_no_mlp_are_refused(weights: list[Tensor], complaint: str) -> None:
     assert native.built()
     with pytest.raises(RuntimeError, match=complaint):
-        torch.ops.specmpc.pack_mlp(weights, None)
+        torch.ops.specmpc.pack_mlp(weights, False, None)
+
+
+@pytest.mark.compiler
+def test_weights_that_were_rounded_before_are_not_rounded_again() -> None:
+    mlp = given("a plain layer", torch.bfloat16)
+    with pytest.raises(RuntimeError, match="rounded to 8 bits must be fp32"):
+        mlp._replace(int8=True).fused()
 
 
 @pytest.mark.compiler
@@ -289,19 +349,21 @@ def test_weights_for_other_groups_are_refused() -> None:
     with pytest.raises(RuntimeError, match="3 groups"):
         mlp._replace(x=mlp.x[:2]).fused()
     with pytest.raises(RuntimeError, match="other weights"):
-        torch.ops.specmpc.pack_mlp(mlp.weights, torch.zeros(3, 7))
+        torch.ops.specmpc.pack_mlp(mlp.weights, False, torch.zeros(3, 7))
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("flags", ["-mamx-tile -mamx-bf16", "-mno-amx-bf16 -mno-avx512bf16"], ids=["with tiles", "without bf16"])
+@pytest.mark.parametrize(
+    "flags", ["-mamx-tile -mamx-bf16", "-mno-amx-bf16 -mno-avx512bf16 -mno-avx512vnni"], ids=["with tiles", "with neither bf16 nor int8"]
+)
 def test_kernels_of_other_processors_compute_the_same(flags: str, tmp_path: Path) -> None:
-    """Built for tiles that this machine may refuse, or for no bf16 instructions at all: other blocks of rows and inputs, another way."""
+    """Built for tiles that this machine may refuse, or without such instructions at all: other blocks of rows and inputs, another way."""
     if platform.machine() != "x86_64":
         pytest.skip("flags of x86 compilers")
     compiler = tmp_path / "c++"
     compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" {flags}\n')
     compiler.chmod(0o755)
-    chosen = ["-k", "one_call_is or operands_only or rounded_once or to_the_bit or stale"]
+    chosen = ["-k", "one_call_is or operands_only or any_size or rounded_once or to_the_bit or stale"]
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *chosen, __file__]
     run = subprocess.run(command, env={**os.environ, "CXX": str(compiler)}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]

@@ -13,6 +13,7 @@ from specmpc_cli.engine.compiled import compiled_kernels
 from specmpc_cli.engine.layers import Affine, Mlp, SimNorm, Stack
 from specmpc_cli.engine.planner import PlannerSettings
 from specmpc_cli.engine.world_model import QEnsemble, WorldModel
+from specmpc_cli.errors import ConfigError
 from tests.conftest import make_model
 
 
@@ -28,7 +29,7 @@ def test_packed_stacks_compute_what_their_layers_do(dtype: torch.dtype) -> None:
         torch.nn.init.normal_(layer.requires_grad_(False).bias)
         layer.weight.data, layer.bias.data = layer.weight.data.to(dtype) * 10, layer.bias.data.to(dtype)
     x, shared, own = torch.randn(1, 50, 38), torch.randn(1, 1, 32), torch.randn(1, 50, 6)
-    close = dict(rtol=0, atol=1e-5 if dtype is torch.float32 else 0.05)
+    close = dict(rtol=0, atol={torch.float32: 1e-5, torch.bfloat16: 0.05, torch.int8: 0.08}[dtype])
 
     def packed(net: Stack) -> Stack:
         twin = copy.deepcopy(net)
@@ -106,7 +107,32 @@ def test_a_copy_for_another_dtype_is_not_packed_for_the_old_one() -> None:
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_cannot_multiply_int8_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "multiplies", lambda dtype: dtype is torch.float32)
+    with pytest.raises(ConfigError, match="--dtype int8 cannot multiply here: .*use --dtype auto"):
+        make_model().compute_copy(torch.int8).pack(int8=True)
+
+
+@pytest.mark.compiler
+def test_a_planner_in_int8_searches_in_8_bits_and_predicts_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.built()
+    monkeypatch.setattr(native, "multiplies", lambda _: True)
+    model = make_model()
+    planner = BatchedPlanner(model, SMALL, dtype=torch.int8, kernels=compiled_kernels())
+    assert nets_called(planner, model) == nets_called(BatchedPlanner(model, SMALL, kernels=compiled_kernels()), model)
+    assert planner._compute_model.dynamics.packed.weights.dtype is torch.int8
+    arguments = torch.rand(1, 16), torch.zeros(1, 3, 2), torch.tensor([1]), torch.tensor([3])
+    with torch.inference_mode():
+        found, exact = planner(*arguments), BatchedPlanner(model, SMALL)(*arguments)
+        assert 0 < (found.mean - exact.mean).abs().max() < 0.2
+        latent = arguments[0]
+        for t in range(3):
+            latent = model.next(latent, found.actions[:, t])
+            torch.testing.assert_close(found.latents[:, t + 1], latent)
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_a_packed_model_takes_over_weights_of_every_net(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.built()
     monkeypatch.setattr(native, "multiplies", lambda _: True)
@@ -116,11 +142,11 @@ def test_a_packed_model_takes_over_weights_of_every_net(dtype: torch.dtype, monk
         for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
             mine.copy_(theirs + 0.05 * torch.randn_like(theirs))
     plain, packed = other.compute_copy(dtype), other.compute_copy(dtype)
-    packed.pack()
+    packed.pack(int8=dtype is torch.int8)
     z, a, index = torch.rand(1, 20, 16), torch.rand(1, 20, 2) - 0.5, torch.tensor([[0, 1]])
     for twin in (plain, packed):
         twin.take_weights(model)
-    close = dict(rtol=0, atol=1e-5 if dtype is torch.float32 else 0.05)
+    close = dict(rtol=0, atol={torch.float32: 1e-5, torch.bfloat16: 0.05, torch.int8: 0.08}[dtype])
     for compute in (
         lambda m: m.next(z, a),
         lambda m: m.next(z[:, :1], a),

@@ -41,8 +41,16 @@ def problem() -> str | None:
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether our products of this dtype are fast: in fp32 wherever they are built, in bf16 with AMX or AVX512-BF16."""
-    return built() and (dtype is torch.float32 or dtype is torch.bfloat16 and torch.ops.specmpc.multiplies_bf16())
+    """Whether our products of this dtype are fast: fp32 wherever they are built, bf16 with AMX or AVX512-BF16, int8 with AVX512-VNNI."""
+    if not built():
+        return False
+    match dtype:
+        case torch.bfloat16:
+            return torch.ops.specmpc.multiplies_bf16()
+        case torch.int8:
+            return torch.ops.specmpc.multiplies_int8()
+        case _:
+            return dtype is torch.float32
 
 
 @cache

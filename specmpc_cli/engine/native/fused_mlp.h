@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include "int8_product.h"
 #include "products.h"
 
 #include <ATen/Parallel.h>
@@ -18,33 +19,55 @@
 
 namespace specmpc {
 
-// y = SimNorm(LayerNorm(x + shift)) of one row, a softmax over each group of neighbouring features; x is overwritten.
-template <int64_t known>
-void norm_softmax_row(
-    float* x, const float* shift, const float* weight, const float* bias, int64_t dim, int64_t given, float* y) {
-  const int64_t size = known ? known : given;
+// Values of a group of eight, side by side.
+typedef float Eight __attribute__((vector_size(8 * sizeof(float)), aligned(sizeof(float)), may_alias));
+
+// All eight combined, in each place.
+template <typename Combine>
+SPECMPC_INLINED Eight in_each(Eight v, Combine combine) {
+  v = combine(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+  v = combine(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
+  return combine(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
+}
+
+// Groups of x, each less its greatest value.
+inline void below_greatest(float* x, int64_t dim, int64_t size) {
+  for (int64_t first = 0; first < dim; first += size) {
+    if (size == 8) {
+      Eight& group = *reinterpret_cast<Eight*>(x + first);
+      group -= in_each(group, [](Eight a, Eight b) { return a > b ? a : b; });
+    } else {
+      const float most = *std::max_element(x + first, x + first + size);
+      for (int64_t j = first; j < first + size; ++j) x[j] -= most;
+    }
+  }
+}
+
+// Groups of x, each divided by its sum → y.
+inline void shares(const float* x, int64_t dim, int64_t size, float* y) {
+  for (int64_t first = 0; first < dim; first += size) {
+    if (size == 8) {
+      const Eight group = *reinterpret_cast<const Eight*>(x + first);
+      *reinterpret_cast<Eight*>(y + first) = group / in_each(group, [](Eight a, Eight b) { return a + b; });
+    } else {
+      const float sum = std::accumulate(x + first, x + first + size, 0.0f);
+      for (int64_t j = first; j < first + size; ++j) y[j] = x[j] / sum;
+    }
+  }
+}
+
+// y = SimNorm(LayerNorm(x + shift)) of one row, a softmax over each group of `size` neighbouring features, of which TD-MPC2 has eight; x is
+// overwritten.
+inline void norm_softmax_row(
+    float* x, const float* shift, const float* weight, const float* bias, int64_t dim, int64_t size, float* y) {
   const Moments found = moments(x, shift, dim);
   const float mean = found.mean, inverse_std = found.inverse_std;
 #pragma omp simd
   for (int64_t j = 0; j < dim; ++j) x[j] = (x[j] + shift[j] - mean) * inverse_std * weight[j] + bias[j];
-  const auto in_group = [size](const float* values, auto combine) {  // pairwise, which a processor does side by side
-    if constexpr (known == 8) {
-      const float* v = values;
-      return combine(combine(combine(v[0], v[4]), combine(v[2], v[6])), combine(combine(v[1], v[5]), combine(v[3], v[7])));
-    } else {
-      return std::accumulate(values + 1, values + size, values[0], combine);
-    }
-  };
-  for (int64_t first = 0; first < dim; first += size) {
-    const float most = in_group(x + first, [](float a, float b) { return a > b ? a : b; });
-    for (int64_t j = 0; j < size; ++j) x[first + j] -= most;
-  }
+  below_greatest(x, dim, size);
 #pragma omp simd
   for (int64_t j = 0; j < dim; ++j) x[j] = exp_for_mish(x[j]);
-  for (int64_t first = 0; first < dim; first += size) {
-    const float inverse = 1.0f / in_group(x + first, [](float a, float b) { return a + b; });
-    for (int64_t j = 0; j < size; ++j) y[first + j] = x[first + j] * inverse;
-  }
+  shares(x, dim, size, y);
 }
 
 // Bins of a distribution over scalars: so many, evenly spaced from low to high, in symlog space (twohot.py).
@@ -58,7 +81,7 @@ struct Bins {
 #pragma omp simd reduction(max : most)
     for (int64_t j = 0; j < count; ++j) {
       logits[j] += shift[j];
-      most = std::max(most, logits[j]);
+      most = logits[j] > most ? logits[j] : most;  // std::max is not vectorised
     }
 #pragma omp simd reduction(+ : sum, weighted)
     for (int64_t j = 0; j < count; ++j) {
@@ -79,8 +102,9 @@ at::Tensor pack_for(const std::vector<Rows>& weights, bool grouped, const std::o
   for (const Rows& weight : weights) size += Product(weight.dim, weight.count).packed_size();
   const int64_t groups = weights[0].groups;
   const std::vector<int64_t> shape = grouped ? std::vector<int64_t>{groups, size} : std::vector<int64_t>{size};
-  const at::Tensor packed = into ? *into : at::empty(shape, weights[0].x.options());
-  const bool alike = packed.sizes() == at::IntArrayRef(shape) && packed.scalar_type() == weights[0].x.scalar_type();
+  const auto type = c10::CppTypeToScalarType<Weight>::value;
+  const at::Tensor packed = into ? *into : at::empty(shape, weights[0].x.options().dtype(type));
+  const bool alike = packed.sizes() == at::IntArrayRef(shape) && packed.scalar_type() == type;
   TORCH_CHECK(alike && packed.is_contiguous(), "pack_mlp: other weights were packed there");
   Weight* to = packed.data_ptr<Weight>();
   for (const Rows& weight : weights) {
@@ -89,7 +113,7 @@ at::Tensor pack_for(const std::vector<Rows>& weights, bool grouped, const std::o
     at::parallel_for(0, groups * panels, std::max<int64_t>(1, kGrain / weight.dim), [&](int64_t begin, int64_t end) {
       for_runs(begin, end, panels, [&](int64_t group, int64_t first, int64_t some) {
         for (int64_t panel = first; panel < first + some; ++panel) {
-          product.pack(weight.of<Weight>(group), weight.step, panel, to + group * size);
+          product.pack(weight.of<typename Product::Given>(group), weight.step, panel, to + group * size);
         }
       });
     });
@@ -99,7 +123,8 @@ at::Tensor pack_for(const std::vector<Rows>& weights, bool grouped, const std::o
 }
 
 // The layers' weights, each [out, in] or each [G, out, in] → packed, [size] or [G, size]; into what was packed before, if that is given.
-inline at::Tensor pack_mlp(at::TensorList weights, const std::optional<at::Tensor>& into) {
+// `int8`: rounds fp32 weights to 8 bits, with which products are computed then.
+inline at::Tensor pack_mlp(at::TensorList weights, bool int8, const std::optional<at::Tensor>& into) {
   TORCH_CHECK(!weights.empty(), "pack_mlp: no weights");
   std::vector<Rows> rows;
   for (const at::Tensor& weight : weights) {
@@ -111,6 +136,10 @@ inline at::Tensor pack_mlp(at::TensorList weights, const std::optional<at::Tenso
     rows.emplace_back(weight);
   }
   const bool grouped = weights[0].dim() == 3;
+  if (int8) {
+    TORCH_CHECK(weights[0].scalar_type() == at::kFloat, "pack_mlp: weights that are rounded to 8 bits must be fp32");
+    return pack_for<Int8Product>(rows, grouped, into);
+  }
   if (weights[0].scalar_type() == at::kBFloat16) return pack_for<Bf16Product>(rows, grouped, into);
   TORCH_CHECK(weights[0].scalar_type() == at::kFloat, "pack_mlp: weights must be fp32 or bf16");
   return pack_for<Fp32Product>(rows, grouped, into);
@@ -157,27 +186,24 @@ class Layers {
       const float* shift,
       float* y) const {
     static thread_local Scratch<float> sums_scratch;
-    static thread_local Scratch<Weight> features_scratch;
     float* sums = sums_scratch.at_least(block_rows() * widest_);
-    Weight* features = features_scratch.at_least(block_rows() * widest_);
+    typename Product::Features features(block_rows(), widest_);
     for (size_t layer = 0; layer < products_.size(); ++layer) {
       const Product& product = products_[layer];
       const int64_t dim = dims_[layer + 1], sums_step = product.padded_outputs();
       if (layer == 0) {
         product.multiply(x, step, count, skipped, weight, sums);
       } else {
-        product.multiply(features, dims_[layer], count, 0, weight, sums);
+        product.multiply(features, count, weight, sums);
         shift = vector;
       }
       const float *norm_weight = vector + dim, *norm_bias = norm_weight + dim;  // where there is a norm
       for (int64_t r = 0; r < count; ++r) {
         float* row = sums + r * sums_step;
         if (!is_last(layer)) {
-          norm_mish_row(row, shift, norm_weight, norm_bias, dim, features + r * dim);
-        } else if (softmax_size_ == 8) {  // TD-MPC2's: known to the compiler, a group is one or two vectors
-          norm_softmax_row<8>(row, shift, norm_weight, norm_bias, dim, softmax_size_, y + r * dim);
+          features.set(r, dim, [&](auto made) { norm_mish_row(row, shift, norm_weight, norm_bias, dim, made); });
         } else if (softmax_size_ > 0) {
-          norm_softmax_row<0>(row, shift, norm_weight, norm_bias, dim, softmax_size_, y + r * dim);
+          norm_softmax_row(row, shift, norm_weight, norm_bias, dim, softmax_size_, y + r * dim);
         } else if (bins_) {
           y[r] = bins_->expected(row, shift);
         } else {
@@ -303,8 +329,10 @@ inline at::Tensor fused_mlp(
   const Heads found{packed, vectors, std::move(of_group)};
   if (packed.scalar_type() == at::kBFloat16) {
     compute_mlp(in, in_common, found, Layers<Bf16Product>(dims, softmax_size, bins), Rows(y));
+  } else if (packed.scalar_type() == at::kChar) {
+    compute_mlp(in, in_common, found, Layers<Int8Product>(dims, softmax_size, bins), Rows(y));
   } else {
-    TORCH_CHECK(packed.scalar_type() == at::kFloat, "fused_mlp: weights must be fp32 or bf16");
+    TORCH_CHECK(packed.scalar_type() == at::kFloat, "fused_mlp: weights must be fp32, bf16 or int8");
     compute_mlp(in, in_common, found, Layers<Fp32Product>(dims, softmax_size, bins), Rows(y));
   }
   return bins ? y.squeeze(-1) : y;

@@ -10,11 +10,12 @@ TORCH_LIBRARY(specmpc, m) {
   m.def(
       "norm_mish_backward(Tensor grad, Tensor x, Tensor shift, Tensor weight, Tensor bias, Tensor? mask)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("pack_mlp(Tensor[] weights, Tensor(a!)? into) -> Tensor(a!)");
+  m.def("pack_mlp(Tensor[] weights, bool int8, Tensor(a!)? into) -> Tensor(a!)");
   m.def(
       "fused_mlp(Tensor x, Tensor? shared, Tensor packed, Tensor vectors, int[] dims, int softmax_size, float[]? range, Tensor? heads)"
       " -> Tensor");
   m.def("multiplies_bf16() -> bool", specmpc::Bf16Product::fast);
+  m.def("multiplies_int8() -> bool", specmpc::Int8Product::fast);
 }
 
 TORCH_LIBRARY_IMPL(specmpc, CPU, m) {

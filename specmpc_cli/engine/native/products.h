@@ -1,7 +1,7 @@
 // Products of rows with a weight's rows, x·Wᵀ, a few dozen rows at a time, so that what follows finds them in a near cache.
 //
-// Two ways with one interface: fp32 in vector registers, and bf16 in AMX's tiles or vector registers, with sums in fp32. Each packs weights
-// into panels of neighbouring outputs, in the order in which they are read. Rows may lack leading inputs, whose part of the product is
+// Two ways with one interface (int8_product.h has a third): fp32 in vector registers, and bf16 in AMX's tiles or vector registers, with sums
+// in fp32. Each packs weights into panels of neighbouring outputs, in the order in which they are read. Rows may lack leading inputs, whose part of the product is
 // known already. A row's sums do not depend on the rows beside it, on the number of threads or on the batch.
 
 #pragma once
@@ -36,10 +36,32 @@ class Scratch {
 
 inline int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
+// What a layer hands on to the next: rows side by side.
+template <typename T>
+class PlainFeatures {
+ public:
+  PlainFeatures(int64_t rows, int64_t widest) : rows_(in_scratch(rows * widest)) {}
+  template <typename Make>
+  void set(int64_t r, int64_t dim, Make make) {
+    make(rows_ + r * dim);
+  }
+  const T* rows() const { return rows_; }
+
+ private:
+  T* rows_;
+
+  static T* in_scratch(int64_t size) {
+    static thread_local Scratch<T> scratch;
+    return scratch.at_least(size);
+  }
+};
+
 // fp32. A tile of kRows × kOutputs sums stays in registers while the inputs pass.
 class Fp32Product {
  public:
-  using Weight = float;
+  using Given = float;  // weights before they are packed
+  using Weight = float;  // and after
+  using Features = PlainFeatures<float>;
 
 #if defined(__AVX512F__)
   static constexpr int64_t kLanes = 16, kRows = 12;
@@ -90,6 +112,9 @@ class Fp32Product {
       }
     }
   }
+  void multiply(const Features& features, int64_t count, const float* packed, float* sums) const {
+    multiply(features.rows(), in_, count, 0, packed, sums);
+  }
 
  private:
   static constexpr int64_t kDepth = 512, kLine = 16;
@@ -131,7 +156,9 @@ class Fp32Product {
 // 16 rows × 32 inputs, of which 2 × 2 are held at a time, or in vector registers, where an instruction takes a pair of inputs.
 class Bf16Product {
  public:
+  using Given = at::BFloat16;
   using Weight = at::BFloat16;
+  using Features = PlainFeatures<at::BFloat16>;
 
 #ifdef __AMX_BF16__
   static constexpr int64_t kRows = 32, kInputs = 32;
@@ -178,6 +205,10 @@ class Bf16Product {
 #else
     multiply_by(in_plain_loops, rows, count, depth, weights, sums);
 #endif
+  }
+
+  void multiply(const Features& features, int64_t count, const at::BFloat16* packed, float* sums) const {
+    multiply(features.rows(), in_, count, 0, packed, sums);
   }
 
   // Whether this machine has instructions for such products.

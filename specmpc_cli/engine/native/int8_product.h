@@ -1,0 +1,224 @@
+// Products of rows with a weight's rows in 8 bits, with the interface of those in products.h.
+//
+// An output's weights are multiples of one scale, from -127 to 127; a row's inputs are multiples of another, counted from an integer that
+// stands for zero, from 0 to 255 (Jacob et al., 2018, "Quantization and training of neural networks for efficient integer-arithmetic-only
+// inference"; they fix the inputs' scales beforehand, here each row has its own). Integers are multiplied and summed exactly.
+
+#pragma once
+
+#include "products.h"
+#include "rough_rows.h"
+
+#include <limits>
+
+#ifdef __AVX512VNNI__
+#include <immintrin.h>
+#endif
+
+namespace specmpc {
+
+// The least and the greatest of some values and 0.
+struct Spread {
+  float low, high;
+  bool finite;
+
+  // Of `steps` equal steps over this width; not a number if some value is not finite, which must not be hidden.
+  float scale(float width, float steps) const { return finite ? width / steps : std::numeric_limits<float>::quiet_NaN(); }
+};
+
+inline Spread spread(const float* x, int64_t count) {
+  constexpr uint32_t kExponent = 0x7f800000;
+  float low = 0.0f, high = 0.0f;
+  uint32_t odd = 0;
+#pragma omp simd reduction(min : low) reduction(max : high) reduction(| : odd)
+  for (int64_t k = 0; k < count; ++k) {
+    low = x[k] < low ? x[k] : low;  // std::min is not vectorised
+    high = x[k] > high ? x[k] : high;
+    odd |= (std::bit_cast<uint32_t>(x[k]) & kExponent) == kExponent;
+  }
+  return {low, high, odd == 0};
+}
+
+// Rows in 8 bits, of `step` inputs: x ≈ (y - zero) · scale.
+struct RoundedRows {
+  uint8_t* values;
+  int64_t step;
+  float* scales;
+  int32_t* zeros;
+
+  // Rounds `count` inputs of row r, of which the first `lacking` are zeros that x does not have.
+  void round(int64_t r, const float* x, int64_t count, int64_t lacking = 0) const {
+    const Spread found = spread(x, count - lacking);
+    const float scale = found.scale(found.high - found.low, 255.0f), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    const int32_t zero = found.finite ? static_cast<int32_t>(std::rint(-found.low * inverse)) : 0;
+    scales[r] = scale;
+    zeros[r] = zero;
+    uint8_t* y = values + r * step;
+    std::fill_n(y, lacking, static_cast<uint8_t>(zero));
+    std::fill(y + count, y + step, uint8_t{0});  // weights are zero there
+    y += lacking;
+    count -= lacking;
+    int64_t k = 0;
+#ifdef __AVX512VNNI__
+    const __m512 factor = _mm512_set1_ps(inverse);
+    const __m512i offset = _mm512_set1_epi32(zero);
+    for (; k + 16 <= count; k += 16) {  // the compiler narrows in several steps
+      const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + k), factor)), offset);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(y + k), _mm512_cvtusepi32_epi8(_mm512_max_epi32(whole, _mm512_setzero_si512())));
+    }
+#endif
+    for (; k < count; ++k) y[k] = static_cast<uint8_t>(std::clamp(static_cast<int32_t>(std::rint(x[k] * inverse)) + zero, 0, 255));
+  }
+};
+
+class Int8Product {
+ public:
+  using Given = float;
+  using Weight = int8_t;
+
+  static constexpr int64_t kRows = 8, kInputs = 4, kOutputs = 32;
+
+  // What a layer hands on to the next: rows that are rounded while they are in the first cache.
+  class Features {
+   public:
+    Features(int64_t rows, int64_t widest) : scratch_(in_scratch(rows, round_up(widest, kInputs))), row_(row_scratch().at_least(widest)) {}
+    template <typename Make>
+    void set(int64_t r, int64_t dim, Make make) {
+      scratch_.step = round_up(dim, kInputs);
+      make(RoughRow{row_});
+      scratch_.round(r, row_, dim);
+    }
+    const RoundedRows& rows() const { return scratch_; }
+
+   private:
+    RoundedRows scratch_;
+    float* row_;
+
+    static RoundedRows in_scratch(int64_t rows, int64_t step) {
+      static thread_local RowsScratch scratch;
+      return scratch.at_least(rows, step);
+    }
+    static Scratch<float>& row_scratch() {
+      static thread_local Scratch<float> scratch;
+      return scratch;
+    }
+  };
+
+  explicit Int8Product(int64_t in, int64_t out) : in_(in), out_(out), padded_in_(round_up(in, kInputs)) {}
+
+  int64_t padded_outputs() const { return round_up(out_, kOutputs); }
+  int64_t panels() const { return padded_outputs() / kOutputs; }
+  int64_t packed_size() const { return panels() * panel_size(); }
+
+  // A panel has its outputs' scales, and then, for each four inputs, the fours of all outputs: four inputs are what an instruction takes.
+  void pack(const float* weight, int64_t step, int64_t panel, int8_t* packed) const {
+    int8_t* to = packed + panel * panel_size();
+    std::fill_n(to, panel_size(), int8_t{0});
+    std::vector<int8_t> rounded(padded_in_);
+    for (int64_t j = 0; j < std::min(kOutputs, out_ - panel * kOutputs); ++j) {
+      const float* output = weight + (panel * kOutputs + j) * step;
+      const Spread found = spread(output, in_);
+      const float scale = found.scale(std::max(found.high, -found.low), 127.0f), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+      std::memcpy(to + j * sizeof(float), &scale, sizeof(float));
+#pragma omp simd
+      for (int64_t k = 0; k < in_; ++k) rounded[k] = static_cast<int8_t>(static_cast<int32_t>(std::rint(output[k] * inverse)));
+      for (int64_t k = 0; k < padded_in_; k += kInputs) std::memcpy(to + kScales + k * kOutputs + j * kInputs, &rounded[k], kInputs);
+    }
+  }
+
+  // `count` rows, `step` apart, of all inputs but the first `skipped` → sums [count, padded_outputs()], behind which there is room up to a
+  // multiple of kRows.
+  void multiply(const float* x, int64_t step, int64_t count, int64_t skipped, const int8_t* packed, float* sums) const {
+    static thread_local RowsScratch scratch;
+    const int64_t first = skipped / kInputs * kInputs;
+    const RoundedRows rows = scratch.at_least(round_up(count, kRows), padded_in_ - first);
+    for (int64_t r = 0; r < count; ++r) rows.round(r, x + r * step, in_ - first, skipped - first);
+    multiply_rounded(rows, count, packed, sums);
+  }
+  void multiply(const Features& features, int64_t count, const int8_t* packed, float* sums) const {
+    multiply_rounded(features.rows(), count, packed, sums);
+  }
+
+  // Whether this machine has instructions for such products.
+  static bool fast() {
+#ifdef __AVX512VNNI__
+    return true;
+#else
+    return false;
+#endif
+  }
+
+ private:
+  static constexpr int64_t kScales = kOutputs * sizeof(float);  // bytes
+
+  int64_t in_, out_, padded_in_;
+
+  struct RowsScratch {
+    Scratch<uint8_t> values;
+    Scratch<float> scales;
+    Scratch<int32_t> zeros;
+    RoundedRows at_least(int64_t rows, int64_t step) {
+      return {values.at_least(rows * step), step, scales.at_least(rows), zeros.at_least(rows)};
+    }
+  };
+
+  int64_t panel_size() const { return kScales + kOutputs * padded_in_; }
+
+  // Of the last inputs, as many as the rows have. What is computed for rows beyond `count` is nobody's.
+  void multiply_rounded(const RoundedRows& rows, int64_t count, const int8_t* packed, float* sums) const {
+    const int64_t depth = rows.step;
+    const std::vector<uint8_t> ones(depth, 1);
+    for (int64_t panel = 0; panel < panels(); ++panel) {
+      const int8_t *scaled = packed + panel * panel_size(), *weights = scaled + kScales + (padded_in_ - depth) * kOutputs;
+      const float* weight_scales = reinterpret_cast<const float*>(scaled);
+      int32_t found[kRows * kOutputs], of_ones[kOutputs];  // a row of ones sums the weights
+      tile<1>(ones.data(), depth, weights, of_ones);
+      for (int64_t r = 0; r < count; r += kRows) {
+        tile<kRows>(rows.values + r * depth, depth, weights, found);
+        for (int64_t i = 0; i < kRows; ++i) {
+          const int32_t zero = rows.zeros[r + i];
+          const float scale = rows.scales[r + i];
+          float* to = sums + (r + i) * padded_outputs() + panel * kOutputs;
+#pragma omp simd
+          for (int64_t j = 0; j < kOutputs; ++j) to[j] = (found[i * kOutputs + j] - zero * of_ones[j]) * (scale * weight_scales[j]);
+        }
+      }
+    }
+  }
+
+  // R rows of `depth` inputs with one panel of weights → sums [R, kOutputs].
+  template <int64_t R>
+  static void tile(const uint8_t* x, int64_t depth, const int8_t* weights, int32_t* sums) {
+#ifdef __AVX512VNNI__
+    constexpr int64_t kLanes = 16;
+    __m512i sum[R][2];
+    for (int64_t r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < depth; k += kInputs) {
+      const int8_t* fours = weights + k * kOutputs;
+      const __m512i left = _mm512_loadu_si512(fours), right = _mm512_loadu_si512(fours + kInputs * kLanes);
+      for (int64_t r = 0; r < R; ++r) {
+        int32_t four;
+        std::memcpy(&four, x + r * depth + k, sizeof(four));
+        const __m512i everywhere = _mm512_set1_epi32(four);
+        sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], everywhere, left);
+        sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], everywhere, right);
+      }
+    }
+    for (int64_t r = 0; r < R; ++r) {
+      _mm512_storeu_si512(sums + r * kOutputs, sum[r][0]);
+      _mm512_storeu_si512(sums + r * kOutputs + kLanes, sum[r][1]);
+    }
+#else
+    std::fill_n(sums, R * kOutputs, 0);
+    for (int64_t r = 0; r < R; ++r) {
+      for (int64_t k = 0; k < depth; ++k) {
+        const int8_t* ones = weights + k / kInputs * kInputs * kOutputs + k % kInputs;
+        for (int64_t j = 0; j < kOutputs; ++j) sums[r * kOutputs + j] += x[r * depth + k] * ones[kInputs * j];
+      }
+    }
+#endif
+  }
+};
+
+}  // namespace specmpc
