@@ -21,6 +21,8 @@ from specmpc_cli.errors import ConfigError
 EPISODES_PER_SEED = 10_000
 SEEDS = 50_000
 
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}
+
 
 class Purpose(StrEnum):
     """What an episode is run for. Purposes never share an environment seed."""
@@ -76,7 +78,12 @@ class Runtime:
 
     @property
     def dtype_name(self) -> str:
-        return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}[self.planning_dtype]
+        return DTYPE_NAMES[self.planning_dtype]
+
+    @property
+    def learning_dtype_name(self) -> str:
+        """Of planning and, where that differs, of updates."""
+        return f"int8, updates {DTYPE_NAMES[self.dtype]}" if self.int8 else self.dtype_name
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -112,7 +119,7 @@ def choose_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
             raise ConfigError(f"--dtype must be auto, bf16, fp32 or int8, got {dtype!r}")
     compiled = os.environ.get("SPECMPC_COMPILE", "1") != "0"
     if dtype == "int8" and (reason := _no_int8(chosen, compiled)):
-        raise ConfigError(f"--dtype int8 plans on a CPU with AVX512-VNNI, with compiled code: {reason}; use --dtype auto")
+        raise ConfigError(f"--dtype int8 plans on a CPU with AVX512-VNNI, with compiled code: {reason}")
     if compiled and chosen.type == "cpu" and (missing := _missing_for_compilation()):
         compiled = False
         notes.append(f"{missing}: planning runs eagerly, about half as fast (on Debian: apt-get install g++ python3-dev)")
@@ -152,12 +159,12 @@ def multiplies_int8() -> bool:
 def _no_int8(device: torch.device, compiled: bool) -> str | None:
     """Why there is no planning in 8 bits; None where there is."""
     if device.type != "cpu":
-        return f"--device is {device}"
+        return f"this would run on {device}; add --device cpu"
     if not multiplies_int8():
-        return "this CPU does not have it"
+        return "this one does not have it; use --dtype auto"
     if not compiled:
-        return "SPECMPC_COMPILE=0 switches it off"
-    return _missing_for_compilation()
+        return "SPECMPC_COMPILE=0 switches that off; use --dtype auto"
+    return f"{missing}; use --dtype auto" if (missing := _missing_for_compilation()) else None
 
 
 def _missing_for_compilation() -> str | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from specmpc_cli.engine.official import load_official, read_official
-from specmpc_cli.engine.planner import PlannerNoise, PlannerSettings, Search, plan, prior_actions
+from specmpc_cli.engine.planner import PlannerNoise, PlannerSettings, Search, plan, prior_rollouts
 from specmpc_cli.engine.world_model import WorldModel, WorldModelDims
 from specmpc_cli.learning.learner import Learner, LearnerSettings
 from specmpc_cli.learning.losses import Batch, LossSettings, UpdateNoise, draw_policy
@@ -165,7 +165,7 @@ def test_whole_plans(case: Case, kind: str) -> None:
     torch.testing.assert_close(values, case.get(f"plan_{kind}_values"), rtol=PLAN, atol=PLAN)
     last = searches[-2] if len(searches) > 1 else None  # what the last iteration draws from
     mean, std = (last.mean[0], last.std[0]) if last else (warm_start, torch.tensor(settings.max_std))  # [H, A]
-    prior = prior_actions(case.model, z, noise.prior_eps)[0]  # [P, H, A]
+    prior = prior_rollouts(case.model, z, noise.prior_eps, settings.discount).actions[0]  # [P, H, A]
     candidates = torch.cat([prior, (mean + std * noise.sample_eps[0, -1]).clamp(-1, 1)]).transpose(0, 1)
     torch.testing.assert_close(candidates, case.action(f"plan_{kind}_last_candidates"), rtol=0, atol=PLAN)
     torch.testing.assert_close(made.mean[0], case.action(f"plan_{kind}_mean"), rtol=0, atol=PLAN)

@@ -17,7 +17,7 @@ from torch._inductor import config as inductor
 from specmpc_cli.engine.captured import CapturedCall
 from specmpc_cli.engine.draws import Draws, block_numbers, device_draws, draws_from, host_draws
 from specmpc_cli.engine.gate import GateLimits
-from specmpc_cli.engine.planner import EAGER, Kernels, PlannerNoise, PlannerSettings, iterate, prior_actions, select
+from specmpc_cli.engine.planner import EAGER, Kernels, PlannerNoise, PlannerSettings, iterate, prior_rollouts, select
 from specmpc_cli.engine.rows import row_by_row
 from specmpc_cli.engine.runner import Judge, Judgement, judge
 from specmpc_cli.engine.world_model import WorldModel
@@ -50,7 +50,7 @@ def compiled_kernels() -> Kernels:
         # A CPU would gain less than its longer start costs; on a GPU these are dozens of kernels.
         return (select_compiled if z.is_cuda else select)(model, z, *found)
 
-    return Kernels(compiled(prior_actions), compiled(iterate), select_on, packed=True)
+    return Kernels(compiled(prior_rollouts), compiled(iterate), select_on, packed=True)
 
 
 @cache

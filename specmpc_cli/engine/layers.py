@@ -2,7 +2,8 @@
 
 Weights may be stored in bf16: each layer casts its input to the weight's dtype for the matrix product and does everything else
 (LayerNorm, activation) in fp32, so one code path serves exact fp32 and fast bf16. They may also be padded with zeros to sizes that a GPU's
-bf16 products like (`Affine.pad`), or packed for a CPU, where an MLP is then one call (`Stack.pack`); what they compute stays the same.
+bf16 products like (`Affine.pad`), or packed for a CPU, where an MLP is then one call (`Stack.pack`); what they compute stays the same,
+unless they are rounded to 8 bits.
 """
 
 from __future__ import annotations
@@ -121,18 +122,20 @@ class Stack(nn.ModuleList):
         self.packed: PackedMlp | None = None
 
     def pack(self, int8: bool = False) -> None:
-        """Packs the weights, rounded to 8 bits if so wanted, or packs them again after they changed. What is packed keeps no gradients.
+        """Packs the weights, rounded to 8 bits if so wanted, without gradients. Needs `native.multiplies` for what is multiplied."""
+        self.packed = PackedMlp(*self._values(), self.last.dim if self.last else 0, int8)
 
-        Needs `native.multiplies` for what is multiplied.
-        """
+    def repack(self) -> None:
+        """Packs the weights again, after they changed."""
+        assert self.packed is not None
+        self.packed.renew(*self._values())
+
+    def _values(self) -> tuple[list[Tensor], list[Tensor]]:
+        """All weights, and the vectors that come after the products."""
         layers = cast(list[Affine], list(self))
         assert all(layer.weight.shape[-2] == layer.out_dim for layer in layers), "padded weights are a GPU's"
         vectors = [vector.detach() for layer in layers for vector in layer.vectors()]
-        values = [layer.weight.detach() for layer in layers], vectors
-        if self.packed is None:
-            self.packed = PackedMlp(*values, self.last.dim if self.last else 0, int8)
-        else:
-            self.packed.renew(*values)
+        return [layer.weight.detach() for layer in layers], vectors
 
 
 class Mlp(Stack):

@@ -1,7 +1,8 @@
 """TD-MPC2's planner (Hansen et al., 2024, §3.2): MPPI over latent rollouts, batched over rows and pure.
 
 Every random draw comes in as one `PlannerNoise`, so a plan is a function of its arguments. What differs from the official code, without
-changing a value: axes are batch-first [B, N, H, A], each row has its own draws, and only the two drawn Q-heads are evaluated.
+changing a value: axes are batch-first [B, N, H, A], each row has its own draws, only the two drawn Q-heads are evaluated, and the policy
+prior's candidates, which every iteration values anew, are rolled out once.
 """
 
 from __future__ import annotations
@@ -48,6 +49,15 @@ class PlannerNoise:
     action_eps: Tensor | None = None  # [B, A] standard normal: exploration noise on the first action, None when evaluating
 
 
+class Rollouts(NamedTuple):
+    """Candidates, and where the model says that they lead."""
+
+    actions: Tensor  # [B, N, H, A]
+    last: Tensor  # [B, N, Z] the latents they end in
+    returns: Tensor  # [B, N] discounted rewards on the way
+    weight: Tensor  # [B, N] of the value at the end: discount^H, or 0 where the episode ended before
+
+
 class Search(NamedTuple):
     """Where the search stands after an iteration."""
 
@@ -84,7 +94,7 @@ def plan(
     rows, horizon = z.shape[0], settings.horizon
     assert warm_start.shape[:2] == (rows, horizon), (warm_start.shape, rows, horizon)
     kernels = kernels or EAGER
-    prior = kernels.prior_actions(model, z, noise.prior_eps)  # [B, P, H, A]
+    prior = kernels.prior_rollouts(model, z, noise.prior_eps, settings.discount)
     mean = warm_start.clone()  # of the same kind as later means, if made in inference mode: the compiler tells them apart
     std = torch.full_like(mean, settings.max_std if settings.first_std is None else settings.first_std)
     search = None
@@ -99,16 +109,13 @@ def plan(
     return Plan(*kernels.select(rollout_model or model, z, search, noise.exponential, noise.action_eps))
 
 
-def prior_actions(model: WorldModel, z: Tensor, eps: Tensor) -> Tensor:
-    """Rollouts of the policy prior from z [B, Z] with eps [B, P, H, A] → actions [B, P, H, A]."""
-    num, horizon = eps.shape[1], eps.shape[2]
-    z = z.unsqueeze(1).expand(-1, num, -1)
-    actions = []
-    for t in range(horizon):
-        actions.append(model.pi_sample(z, eps[:, :, t]))
-        if t < horizon - 1:
-            z = model.next(z, actions[-1])
-    return torch.stack(actions, dim=2)
+def prior_rollouts(model: WorldModel, z: Tensor, eps: Tensor, discount: float) -> Rollouts:
+    """P rollouts of the policy prior from z [B, Z] with eps [B, P, H, A]."""
+    latents, actions = [z.unsqueeze(1).expand(-1, eps.shape[1], -1)], []
+    for noise in eps.unbind(2):
+        actions.append(model.pi_sample(latents[-1], noise))
+        latents.append(model.next(latents[-1], actions[-1]))
+    return _valued(model, latents, torch.stack(actions, dim=2), discount)
 
 
 def iterate(
@@ -116,7 +123,7 @@ def iterate(
     z: Tensor,
     mean: Tensor,
     std: Tensor,
-    prior: Tensor,
+    prior: Rollouts,
     sample_eps: Tensor,
     terminal_eps: Tensor,
     q_index: Tensor,
@@ -125,12 +132,13 @@ def iterate(
     """One MPPI iteration: sample candidates, value them, refit the sampling distribution to the elites."""
     # Candidates: the policy prior's, then draws from the sampling distribution.
     drawn = (mean.unsqueeze(1) + std.unsqueeze(1) * sample_eps).clamp(-1, 1)
-    candidates = torch.cat([prior, drawn], dim=1)  # [B, N, H, A]
-    values = estimate_value(model, z, candidates, terminal_eps, q_index, settings.discount).nan_to_num(0)  # [B, N]
+    both = zip(prior, rollouts(model, z, drawn, settings.discount), strict=True)
+    candidates = Rollouts(*(torch.cat(pair, dim=1) for pair in both))
+    values = final_values(model, candidates, terminal_eps, q_index).nan_to_num(0)  # [B, N]
 
     # Elites and their weights.
     elite_values, index = _largest(values, settings.num_elites)  # [B, K]
-    elites = candidates.gather(1, index[..., None, None].expand(-1, -1, *candidates.shape[2:]))  # [B, K, H, A]
+    elites = candidates.actions.gather(1, index[..., None, None].expand(-1, -1, *drawn.shape[2:]))  # [B, K, H, A]
     scores = torch.exp(settings.temperature * (elite_values - elite_values[:, :1]))
     scores = scores / scores.sum(1, keepdim=True)
 
@@ -165,21 +173,33 @@ def largest_by_rank(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values.gather(1, index), index
 
 
-def estimate_value(model: WorldModel, z: Tensor, actions: Tensor, terminal_eps: Tensor, q_index: Tensor, discount: float) -> Tensor:
-    """Discounted model return of action sequences [B, N, H, A] from z [B, Z], the Q-ensemble's value at the end; → [B, N]."""
+def rollouts(model: WorldModel, z: Tensor, actions: Tensor, discount: float) -> Rollouts:
+    """Action sequences [B, N, H, A] from z [B, Z]."""
     latents = [z.unsqueeze(1)]  # [B, 1, Z]: at first all candidates share it
     for action in actions.unbind(2):
         latents.append(model.next(latents[-1], action))
-    value = torch.zeros_like(actions[..., 0, 0])
-    ended = torch.zeros_like(value)
+    return _valued(model, latents, actions, discount)
+
+
+def _valued(model: WorldModel, latents: Sequence[Tensor], actions: Tensor, discount: float) -> Rollouts:
+    """Rollouts through these H+1 latents [B, N, Z] (the first may be [B, 1, Z]) by actions [B, N, H, A]."""
+    returns = torch.zeros_like(actions[..., 0, 0])
+    ended = torch.zeros_like(returns)
     weight = 1.0
     for reward, after in zip(_rewards(model, latents[:-1], actions), latents[1:], strict=True):
-        value = value + weight * (1 - ended) * reward
+        returns = returns + weight * (1 - ended) * reward
         weight *= discount
         if model.termination_net is not None:
             ended = (ended + model.terminates(after)).clamp(max=1)
-    last = latents[-1]
-    return value + weight * (1 - ended) * model.q_pair(last, model.pi_sample(last, terminal_eps), q_index)
+    return Rollouts(actions, latents[-1], returns, weight * (1 - ended))
+
+
+def final_values(model: WorldModel, candidates: Rollouts, terminal_eps: Tensor, q_index: Tensor) -> Tensor:
+    """Returns of candidates and the value of where they end, by the Q-heads q_index [B, 2] at a draw of the policy prior, with terminal_eps
+    [B, N, A]; → [B, N].
+    """
+    action = model.pi_sample(candidates.last, terminal_eps)
+    return candidates.returns + candidates.weight * model.q_pair(candidates.last, action, q_index)
 
 
 def _rewards(model: WorldModel, latents: Sequence[Tensor], actions: Tensor) -> Sequence[Tensor]:
@@ -220,10 +240,10 @@ class Kernels(NamedTuple):
     `packed`: on a CPU they are to be given a model that is (`WorldModel.pack`).
     """
 
-    prior_actions: Callable[[WorldModel, Tensor, Tensor], Tensor]
+    prior_rollouts: Callable[[WorldModel, Tensor, Tensor, float], Rollouts]
     iterate: Callable[..., Search]
     select: Callable[..., tuple[Tensor, ...]] = select
     packed: bool = False
 
 
-EAGER = Kernels(prior_actions, iterate)
+EAGER = Kernels(prior_rollouts, iterate)

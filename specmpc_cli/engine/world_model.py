@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from specmpc_cli.engine import native
 from specmpc_cli.engine.layers import Affine, Linear, LinearEnsemble, Mlp, SimNorm, Stack
 from specmpc_cli.engine.twohot import two_hot_inv
-from specmpc_cli.errors import ConfigError
 
 LOG_STD_RANGE = (-10.0, 2.0)  # of the policy prior
 
@@ -291,9 +290,9 @@ class WorldModel(nn.Module):
         """
         nets = (self.dynamics, self.reward_net, self.termination_net, self.pi_net, self.q.layers)
         weight = next(self.dynamics.parameters())
+        if int8:
+            native.require_int8()
         at_hand = weight.device.type == "cpu" and native.multiplies(torch.int8 if int8 else weight.dtype)
-        if int8 and not at_hand:
-            raise ConfigError(f"--dtype int8 cannot multiply here: {native.problem() or 'no instructions for it'}; use --dtype auto")
         self._packed = [net for net in nets if net is not None and at_hand]
         for net in self._packed:
             net.pack(int8)
@@ -305,7 +304,7 @@ class WorldModel(nn.Module):
         inner = [_corner(mine, theirs.shape) for mine, theirs in zip(self.parameters(), given, strict=True)]
         torch._foreach_copy_(inner, given)
         for net in self._packed:
-            net.pack()
+            net.repack()
 
 
 def _joined(z: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -159,7 +159,7 @@ def compilers_fault(error: Exception, runtime: Runtime) -> str:
     if not runtime.compiled:
         raise error
     if runtime.int8:
-        raise ConfigError(f"--dtype int8 needs a compiler, and here it fails; use --dtype auto: {_first_line(error)}") from error
+        raise ConfigError(f"--dtype int8 could not be prepared here; use --dtype auto: {_first_line(error)}") from error
     return _first_line(error)
 
 

@@ -34,7 +34,7 @@ from specmpc_cli.errors import ConfigError
 from specmpc_cli.learning.learner import Learner, LearnerSettings
 from specmpc_cli.learning.losses import Batch, LossSettings
 from specmpc_cli.learning.plain import PlainLearner, PlainModel, plain_plan
-from specmpc_cli.runtime import Runtime, Stopwatch
+from specmpc_cli.runtime import DTYPE_NAMES, Runtime, Stopwatch
 from specmpc_cli.versions import versions
 from specmpc_cli.workflows.acting import COMPILER_ERRORS, compilers_fault, make_planner
 from specmpc_cli.workflows.store import timestamp
@@ -107,7 +107,8 @@ def benchmark(
             if on_row:
                 on_row(row)
     for row in rows:
-        row["floor_ms"] = row["gflop"] / peaks[_dtype_of(row["what"], runtime)] * 1e3
+        dtype = _dtype_of(row["what"], runtime)
+        row |= {"dtype": DTYPE_NAMES[dtype], "floor_ms": row["gflop"] / peaks[dtype] * 1e3}
     return {
         "schema": 1,
         "device": runtime.device.type,
@@ -306,7 +307,9 @@ def peak_gflops(runtime: Runtime, dtype: torch.dtype) -> float:
     """GFLOP/s of a large matrix product, torch's or our own, whichever is faster: what arithmetic alone could reach here now."""
     device, size = runtime.device, PEAK_SIZE[runtime.device.type]
     given, rates = torch.randn(size, size, device=device), []
-    if dtype is not torch.int8:
+    if dtype is torch.int8:
+        native.require_int8()
+    else:
         a = given.to(dtype)
         rates.append(_gflops(lambda: torch.mm(a, a), size**3, device))
     if runtime.compiled and device.type == "cpu" and native.multiplies(dtype):

@@ -344,7 +344,7 @@ class Trainer:
             "evaluated_decisions": evaluation["decisions"] if evaluation else None,
             "success_rate": evaluation.get("success_rate") if evaluation else None,
             "device": str(self.runtime.device),
-            "dtype": self.runtime.dtype_name,
+            "dtype": self.runtime.learning_dtype_name,
             "date": timestamp(),
             "versions": versions(),
         }
@@ -355,7 +355,11 @@ class Trainer:
 
     @property
     def _computed_on(self) -> str:
-        return computed_on({**self.runtime.facts, "device": self.runtime.device.type})  # which of several devices makes no difference
+        ours = {
+            "device": self.runtime.device.type,
+            "dtype": self.runtime.learning_dtype_name,
+        }  # which of several devices makes no difference
+        return computed_on(self.runtime.facts | ours)
 
     # What can go wrong
 

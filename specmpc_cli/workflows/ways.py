@@ -173,7 +173,7 @@ def own_settings(way: Way, config: Config) -> str | None:
 
 def broken_promise(way: Way, config: Config, dtype: str) -> str | None:
     """What to tell the user if this way's corrector carries a calibrated gate whose promise does not hold here: the way follows another
-    gate, or settings or dtype (`bf16`, `fp32`) are not those that the gate was calibrated with."""
+    gate, or settings or dtype are not those that the gate was calibrated with."""
     if way.mode is not Mode.ADAPTIVE or way.corrector is None or way.rule is None:
         return None
     facts, whose = way.corrector.facts, f"the {way.corrector.arch} corrector's gate"

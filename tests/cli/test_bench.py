@@ -17,7 +17,7 @@ from specmpc_cli.runtime import choose_runtime
 from specmpc_cli.workflows.benchmark import WHAT, Case, benchmark, machine_name, measure, peak_gflops
 from tests.cli.conftest import Command
 
-ROW = {"what", "size", "batch", "ours_ms", "plain_ms", "ratio", "floor_ms", "gflop", "pairs", "compiled"}
+ROW = {"what", "size", "batch", "ours_ms", "plain_ms", "ratio", "floor_ms", "gflop", "dtype", "pairs", "compiled"}
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +38,7 @@ def test_each_row_pairs_both_paths_and_counts_the_products() -> None:
         assert row["floor_ms"] == pytest.approx(row["gflop"] / report["peak_gflops"] * 1e3)
     by_name = {row["what"]: row for row in report["rows"]}
     assert by_name["batch"]["gflop"] == pytest.approx(by_name["batch"]["batch"] * by_name["plan"]["gflop"])
+    assert {row["dtype"] for row in report["rows"]} == {"fp32"}
     assert by_name["update"]["batch"] == 256 and by_name["step"]["gflop"] < by_name["plan"]["gflop"] / 10
 
 
@@ -86,15 +87,17 @@ def test_our_own_product_counts_among_the_large_ones(monkeypatch: pytest.MonkeyP
 
 
 def test_the_count_of_products_is_the_planners(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every candidate of every iteration passes reward and dynamics at each step, and the policy and two heads at the end."""
+    """What an iteration draws passes reward and dynamics at each step, as the prior's candidates do once; at the end all pass the policy
+    and two heads in every iteration.
+    """
     report = benchmark(choose_runtime("cpu", "fp32"), [1], ["plan"], seconds=0.0)
     z, a, h, bins, n, horizon, prior = 8, 6, 8, 101, 512, 3, 24
     hidden = (z + a) * h + h * h
-    # At the first step all candidates share the latent: its part of the first layers is computed once.
-    steps = horizon * (2 * hidden + h * bins + h * z) - 2 * z * h
-    end = z * h + h * h + h * 2 * a + 2 * (hidden + h * bins)
-    per_iteration = 2 * n * (steps + end) + 2 * 2 * z * h
-    policy = 2 * prior * (horizon * (z * h + h * h + h * 2 * a) + (horizon - 1) * (hidden + h * z))
+    step, act = 2 * hidden + h * bins + h * z, z * h + h * h + h * 2 * a
+    # At the first step drawn candidates share the latent: its part of the first layers is computed once.
+    drawn = 2 * (n - prior) * (horizon * step - 2 * z * h) + 2 * 2 * z * h
+    per_iteration = drawn + 2 * n * (act + 2 * (hidden + h * bins))
+    policy = 2 * prior * horizon * (act + step)
     rollout = 2 * horizon * (hidden + h * z) + 2 * (24 * h + h * z)
     assert report["rows"][0]["gflop"] * 1e9 == pytest.approx(6 * per_iteration + policy + rollout, rel=1e-3)
 

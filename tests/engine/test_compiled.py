@@ -188,17 +188,18 @@ def test_int8_is_the_planners_alone_and_never_chosen_by_auto(monkeypatch: pytest
     asked, auto = runtime.choose_runtime("cpu", "int8"), runtime.choose_runtime("cpu", "auto")
     assert (asked.dtype_name, asked.planning_dtype, asked.dtype) == ("int8", torch.int8, auto.dtype)
     assert auto.planning_dtype is auto.dtype and asked.facts["dtype"] == "int8"
-    with pytest.raises(ConfigError, match="needs a compiler, and here it fails; use --dtype auto: no space left"):
+    assert asked.learning_dtype_name == f"int8, updates {auto.dtype_name}" and auto.learning_dtype_name == auto.dtype_name
+    with pytest.raises(ConfigError, match="could not be prepared here; use --dtype auto: no space left$"):
         compilers_fault(OSError("no space left\nmore"), asked)
 
 
 @pytest.mark.parametrize(
     ("lacking", "reason"),
     [
-        ("instructions", "this CPU does not have it"),
-        ("compiling", "SPECMPC_COMPILE=0 switches it off"),
-        ("compiler", "no C.. compiler found"),
-        ("CPU", "--device is cuda"),
+        ("instructions", "this one does not have it; use --dtype auto"),
+        ("compiling", "SPECMPC_COMPILE=0 switches that off; use --dtype auto"),
+        ("compiler", "no C.. compiler found; use --dtype auto"),
+        ("CPU", "this would run on cuda; add --device cpu"),
     ],
 )
 def test_int8_is_refused_where_nothing_multiplies_it(monkeypatch: pytest.MonkeyPatch, lacking: str, reason: str) -> None:
@@ -207,7 +208,7 @@ def test_int8_is_refused_where_nothing_multiplies_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(runtime, "_missing_for_compilation", lambda: "no C++ compiler found" if lacking == "compiler" else None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    with pytest.raises(ConfigError, match=f"--dtype int8 plans on a CPU with AVX512-VNNI, with compiled code: {reason}; use --dtype auto"):
+    with pytest.raises(ConfigError, match=f"--dtype int8 plans on a CPU with AVX512-VNNI, with compiled code: {reason}$"):
         runtime.choose_runtime("cuda" if lacking == "CPU" else "cpu", "int8")
 
 

@@ -75,8 +75,8 @@ def nets_called(planner: BatchedPlanner, model: WorldModel) -> int:
 def test_a_compiled_planner_uses_them_and_takes_over_new_weights() -> None:
     model, other = make_model(), make_model()
     planner = BatchedPlanner(model, SMALL, kernels=compiled_kernels())
-    # dynamics and reward at three steps, the policy prior and two Q-heads in two iterations; its own rollouts before
-    assert nets_called(planner, model) == 2 * (3 + 3 + 1 + 2) + (3 + 2)
+    # dynamics and reward at three steps, the policy prior and two Q-heads in two iterations; the prior's own rollouts before
+    assert nets_called(planner, model) == 2 * (3 + 3 + 1 + 2) + 3 * 3
     with torch.no_grad():
         for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
             mine.copy_(theirs + 0.01)
@@ -109,7 +109,7 @@ def test_a_copy_for_another_dtype_is_not_packed_for_the_old_one() -> None:
 @pytest.mark.compiler
 def test_a_model_that_cannot_multiply_int8_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "multiplies", lambda dtype: dtype is torch.float32)
-    with pytest.raises(ConfigError, match="--dtype int8 cannot multiply here: .*use --dtype auto"):
+    with pytest.raises(ConfigError, match="--dtype int8 has no products here: .*; use --dtype auto"):
         make_model().compute_copy(torch.int8).pack(int8=True)
 
 

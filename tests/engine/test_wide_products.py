@@ -8,7 +8,7 @@ from torch import Tensor
 
 from specmpc_cli.engine import planner
 from specmpc_cli.engine.layers import Affine
-from specmpc_cli.engine.planner import estimate_value, rewards_at_once
+from specmpc_cli.engine.planner import final_values, rewards_at_once, rollouts
 from specmpc_cli.engine.world_model import WorldModel, WorldModelDims
 
 ROWS, CANDIDATES, HORIZON = 3, 7, 3
@@ -93,12 +93,16 @@ def test_rewards_at_once_are_those_of_each_step() -> None:
 
 
 def valuing(episodic: bool, num_q: int) -> tuple[WorldModel, tuple[Tensor, ...]]:
-    """A model and what `estimate_value` takes but for the discount."""
+    """A model and what `values_of` takes."""
     model = odd_model(num_q, episodic)
     torch.manual_seed(2)
     actions = torch.rand(ROWS, CANDIDATES, HORIZON, 3) * 2 - 1
     q_index = torch.tensor([[0, 1], [1, 0], [num_q - 1, 0]])
     return model, (torch.rand(ROWS, 16), actions, torch.randn(ROWS, CANDIDATES, 3), q_index)
+
+
+def values_of(model: WorldModel, z: Tensor, actions: Tensor, terminal_eps: Tensor, q_index: Tensor) -> Tensor:
+    return final_values(model, rollouts(model, z, actions, 0.9), terminal_eps, q_index)
 
 
 CASES = pytest.mark.parametrize(("episodic", "num_q"), [(False, 2), (True, 5)])
@@ -107,10 +111,10 @@ CASES = pytest.mark.parametrize(("episodic", "num_q"), [(False, 2), (True, 5)])
 @CASES
 def test_values_are_the_same_either_way(episodic: bool, num_q: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = valuing(episodic, num_q)
-    expected = estimate_value(model, *given, 0.9)
+    expected = values_of(model, *given)
     monkeypatch.setattr(planner, "_rewards", rewards_at_once)
     monkeypatch.setattr(WorldModel, "q_pair", lambda self, z, a, q_index: self.values_at_once(torch.cat([z, a], dim=-1), q_index).mean(1))
-    torch.testing.assert_close(estimate_value(padded(model), *given, 0.9), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(values_of(padded(model), *given), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -118,8 +122,8 @@ def test_values_are_the_same_either_way(episodic: bool, num_q: int, monkeypatch:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.3)])
 def test_values_on_a_gpu_are_those_of_a_cpu(episodic: bool, num_q: int, dtype: torch.dtype, tolerance: float) -> None:
     model, given = valuing(episodic, num_q)
-    expected = estimate_value(model, *given, 0.9)
+    expected = values_of(model, *given)
     twin = odd_model(num_q, episodic).cuda().compute_copy(dtype)
     twin.take_weights(model.cuda())
-    found = estimate_value(twin, *(value.cuda() for value in given), 0.9).cpu()
+    found = values_of(twin, *(value.cuda() for value in given)).cpu()
     torch.testing.assert_close(found, expected, rtol=tolerance / 10, atol=tolerance)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specmpc_cli.errors import ConfigError
 from specmpc_cli.runtime import use_compile_cache
 
 _SOURCES = Path(__file__).parent
@@ -51,6 +52,12 @@ def multiplies(dtype: torch.dtype) -> bool:
             return torch.ops.specmpc.multiplies_int8()
         case _:
             return dtype is torch.float32
+
+
+def require_int8() -> None:
+    """Raises ConfigError where there are no products of 8-bit integers."""
+    if not multiplies(torch.int8):
+        raise ConfigError(f"--dtype int8 has no products here: {_load() or 'this CPU has no AVX512-VNNI'}; use --dtype auto")
 
 
 @cache

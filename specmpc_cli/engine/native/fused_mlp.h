@@ -22,12 +22,22 @@ namespace specmpc {
 // Values of a group of eight, side by side.
 typedef float Eight __attribute__((vector_size(8 * sizeof(float)), aligned(sizeof(float)), may_alias));
 
+template <int... places>
+SPECMPC_INLINED Eight shuffled(Eight v) {
+#ifdef __clang__
+  return __builtin_shufflevector(v, v, places...);
+#else
+  typedef int32_t Places __attribute__((vector_size(8 * sizeof(int32_t))));
+  return __builtin_shuffle(v, Places{places...});
+#endif
+}
+
 // All eight combined, in each place.
 template <typename Combine>
 SPECMPC_INLINED Eight in_each(Eight v, Combine combine) {
-  v = combine(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
-  v = combine(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
-  return combine(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
+  v = combine(v, shuffled<4, 5, 6, 7, 0, 1, 2, 3>(v));
+  v = combine(v, shuffled<2, 3, 0, 1, 6, 7, 4, 5>(v));
+  return combine(v, shuffled<1, 0, 3, 2, 5, 4, 7, 6>(v));
 }
 
 // Groups of x, each less its greatest value.
@@ -138,6 +148,7 @@ inline at::Tensor pack_mlp(at::TensorList weights, bool int8, const std::optiona
   const bool grouped = weights[0].dim() == 3;
   if (int8) {
     TORCH_CHECK(weights[0].scalar_type() == at::kFloat, "pack_mlp: weights that are rounded to 8 bits must be fp32");
+    for (const Rows& weight : rows) TORCH_CHECK(weight.dim <= Int8Product::kMostInputs, "pack_mlp: sums of ", weight.dim, " inputs");
     return pack_for<Int8Product>(rows, grouped, into);
   }
   if (weights[0].scalar_type() == at::kBFloat16) return pack_for<Bf16Product>(rows, grouped, into);

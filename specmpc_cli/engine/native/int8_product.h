@@ -11,19 +11,20 @@
 
 #include <limits>
 
-#ifdef __AVX512VNNI__
-#include <immintrin.h>
-#endif
-
 namespace specmpc {
 
 // The least and the greatest of some values and 0.
 struct Spread {
   float low, high;
   bool finite;
+};
 
-  // Of `steps` equal steps over this width; not a number if some value is not finite, which must not be hidden.
-  float scale(float width, float steps) const { return finite ? width / steps : std::numeric_limits<float>::quiet_NaN(); }
+// Steps of equal size, so many over this width; of size 0 if that has no inverse.
+struct Steps {
+  float size, inverse;
+  Steps(float width, float count) : size(width / count), inverse(1.0f / size) {
+    if (size < std::numeric_limits<float>::min()) size = inverse = 0.0f;
+  }
 };
 
 inline Spread spread(const float* x, int64_t count) {
@@ -49,17 +50,24 @@ struct RoundedRows {
   // Rounds `count` inputs of row r, of which the first `lacking` are zeros that x does not have.
   void round(int64_t r, const float* x, int64_t count, int64_t lacking = 0) const {
     const Spread found = spread(x, count - lacking);
-    const float scale = found.scale(found.high - found.low, 255.0f), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-    const int32_t zero = found.finite ? static_cast<int32_t>(std::rint(-found.low * inverse)) : 0;
-    scales[r] = scale;
-    zeros[r] = zero;
     uint8_t* y = values + r * step;
+    if (!found.finite) {  // which must not be hidden
+      std::fill_n(y, step, uint8_t{0});
+      scales[r] = std::numeric_limits<float>::quiet_NaN();
+      zeros[r] = 0;
+      return;
+    }
+    const Steps steps(found.high - found.low, 255.0f);
+    const float inverse = steps.inverse;
+    const int32_t zero = static_cast<int32_t>(std::rint(-found.low * inverse));
+    scales[r] = steps.size;
+    zeros[r] = zero;
     std::fill_n(y, lacking, static_cast<uint8_t>(zero));
     std::fill(y + count, y + step, uint8_t{0});  // weights are zero there
     y += lacking;
     count -= lacking;
     int64_t k = 0;
-#ifdef __AVX512VNNI__
+#ifdef SPECMPC_VNNI
     const __m512 factor = _mm512_set1_ps(inverse);
     const __m512i offset = _mm512_set1_epi32(zero);
     for (; k + 16 <= count; k += 16) {  // the compiler narrows in several steps
@@ -71,8 +79,11 @@ struct RoundedRows {
   }
 };
 
+// Sums fit 32 bits for kMostInputs inputs and fewer.
 class Int8Product {
  public:
+  static constexpr int64_t kMostInputs = 1 << 16;
+
   using Given = float;
   using Weight = int8_t;
 
@@ -118,8 +129,10 @@ class Int8Product {
     for (int64_t j = 0; j < std::min(kOutputs, out_ - panel * kOutputs); ++j) {
       const float* output = weight + (panel * kOutputs + j) * step;
       const Spread found = spread(output, in_);
-      const float scale = found.scale(std::max(found.high, -found.low), 127.0f), inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+      const Steps steps(std::max(found.high, -found.low), 127.0f);
+      const float inverse = steps.inverse, scale = found.finite ? steps.size : std::numeric_limits<float>::quiet_NaN();
       std::memcpy(to + j * sizeof(float), &scale, sizeof(float));
+      if (!found.finite) continue;
 #pragma omp simd
       for (int64_t k = 0; k < in_; ++k) rounded[k] = static_cast<int8_t>(static_cast<int32_t>(std::rint(output[k] * inverse)));
       for (int64_t k = 0; k < padded_in_; k += kInputs) std::memcpy(to + kScales + k * kOutputs + j * kInputs, &rounded[k], kInputs);
@@ -141,7 +154,7 @@ class Int8Product {
 
   // Whether this machine has instructions for such products.
   static bool fast() {
-#ifdef __AVX512VNNI__
+#ifdef SPECMPC_VNNI
     return true;
 #else
     return false;
@@ -189,7 +202,7 @@ class Int8Product {
   // R rows of `depth` inputs with one panel of weights → sums [R, kOutputs].
   template <int64_t R>
   static void tile(const uint8_t* x, int64_t depth, const int8_t* weights, int32_t* sums) {
-#ifdef __AVX512VNNI__
+#ifdef SPECMPC_VNNI
     constexpr int64_t kLanes = 16;
     __m512i sum[R][2];
     for (int64_t r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_si512();

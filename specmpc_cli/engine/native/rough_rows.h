@@ -7,7 +7,12 @@
 
 #include "rows.h"
 
-#ifdef __AVX512VNNI__
+// Together, as every processor has them that has the first.
+#if defined(__AVX512VNNI__) && defined(__AVX512DQ__)
+#define SPECMPC_VNNI
+#endif
+
+#ifdef SPECMPC_VNNI
 #include <immintrin.h>
 #endif
 
@@ -17,11 +22,11 @@ struct RoughRow {
   float* values;
 };
 
-#ifdef __AVX512VNNI__
-// mish, as in rows.h. exp(x) is 2^t, with 2^(t - ⌊t⌋) by a minimax polynomial; beyond 2^60 Mish is the identity.
+#ifdef SPECMPC_VNNI
+// mish, as in rows.h. exp(x) is 2^t, with 2^(t - ⌊t⌋) by a minimax polynomial; beyond 2^30 Mish is the identity.
 inline __m512 rough_mish(__m512 x) {
   const __m512 two = _mm512_set1_ps(2.0f);
-  const __m512 t = _mm512_min_ps(_mm512_set1_ps(60.0f), x * _mm512_set1_ps(1.44269504f));  // in this order what is not a number stays so
+  const __m512 t = _mm512_min_ps(_mm512_set1_ps(30.0f), x * _mm512_set1_ps(1.44269504f));  // in this order what is not a number stays so
   const __m512 r = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   __m512 p = _mm512_set1_ps(1.353417e-2f);
   p = p * r + _mm512_set1_ps(5.201146e-2f);
@@ -29,13 +34,13 @@ inline __m512 rough_mish(__m512 x) {
   p = p * r + _mm512_set1_ps(6.9300383e-1f);
   p = p * r + _mm512_set1_ps(1.0000026f);
   const __m512 e = _mm512_scalef_ps(p, t), n = e * (e + two);
-  return x * n * _mm512_rcp14_ps(n + two);
+  return x * (n * _mm512_rcp14_ps(n + two));
 }
 #endif
 
 // y ≈ mish(LayerNorm(x + shift)) of one row.
 inline void norm_mish_row(const float* x, const float* shift, const float* weight, const float* bias, int64_t dim, RoughRow y) {
-#ifdef __AVX512VNNI__
+#ifdef SPECMPC_VNNI
   constexpr int64_t kLanes = 16;
   const Moments found = moments(x, shift, dim);
   const __m512 mean = _mm512_set1_ps(found.mean), scale = _mm512_set1_ps(found.inverse_std);
