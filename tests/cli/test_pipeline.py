@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
+from specmpc_cli.runtime import multiplies_int8
 from tests.cli.conftest import Command
 
 ROW = {
@@ -332,6 +333,18 @@ def test_numbers_are_finite_or_null(pipeline: Command) -> None:
             assert math.isfinite(value)
 
     walk(pipeline("compare", "--episodes", "2", "--json").document)
+
+
+@pytest.mark.compiler
+@pytest.mark.skipif(not multiplies_int8(), reason="needs a CPU with AVX512-VNNI")
+def test_a_teacher_acts_in_int8_much_as_in_fp32(with_teacher: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECMPC_COMPILE", "1")
+    common = ("eval", "--mode", "baseline", "--episodes", "2", "--json", "--dtype")
+    int8, fp32 = (with_teacher(*common, dtype).document for dtype in ("int8", "fp32"))
+    assert (int8["dtype"], fp32["dtype"]) == ("int8", "fp32") and int8["compiled"]
+    (ours,), (exact,) = int8["rows"], fp32["rows"]
+    assert ours["return_mean"] != exact["return_mean"]
+    assert ours["return_mean"] == pytest.approx(exact["return_mean"], rel=0.2)
 
 
 @pytest.mark.gpu

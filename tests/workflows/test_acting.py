@@ -10,8 +10,10 @@ import torch
 
 from specmpc_cli.api import Controller
 from specmpc_cli.config.schema import PlannerConfig, RefineConfig
+from specmpc_cli.engine import native
 from specmpc_cli.engine.compiled import EAGER
 from specmpc_cli.engine.planner import Kernels
+from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.envs.registry import lookup
 from specmpc_cli.envs.vector import VectorEnv
 from specmpc_cli.errors import CheckpointError, ConfigError
@@ -93,6 +95,21 @@ def test_full_memory_is_not_taken_for_a_compiler_that_does_not_work(monkeypatch:
     with pytest.raises(ConfigError, match="the memory of cpu is too small.*or --device cpu"):
         workbench.warm_up([], rows=1)
     assert workbench.runtime.compiled
+
+
+def test_a_planner_asked_for_in_int8_never_becomes_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    runtime = Runtime(torch.device("cpu"), torch.float32, compiled=True, threads=1, int8=True)
+    monkeypatch.setattr(native, "multiplies", lambda dtype: dtype is not torch.int8)
+    with pytest.raises(ConfigError, match="--dtype int8 has no products here: "):
+        bench(runtime).warm_up([], rows=1)
+    monkeypatch.setattr(native, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(acting, "kernels_for", lambda runtime: Kernels(fail, fail, packed=True))  # type: ignore[arg-type]
+    monkeypatch.setattr(WorldModel, "pack", lambda self, int8: None)
+    with pytest.raises(ConfigError, match="--dtype int8 could not be prepared here; use --dtype auto: no space left on device"):
+        bench(runtime).warm_up([], rows=1)
 
 
 def test_replans_are_refined_if_asked_for_but_never_with_one_step_per_plan() -> None:
