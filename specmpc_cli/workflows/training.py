@@ -355,11 +355,8 @@ class Trainer:
 
     @property
     def _computed_on(self) -> str:
-        ours = {
-            "device": self.runtime.device.type,
-            "dtype": self.runtime.learning_dtype_name,
-        }  # which of several devices makes no difference
-        return computed_on(self.runtime.facts | ours)
+        device = self.runtime.device.type  # which of several makes no difference
+        return computed_on(self.runtime.facts | {"device": device, "dtype": self.runtime.learning_dtype_name})
 
     # What can go wrong
 
