@@ -121,9 +121,11 @@ class Stack(nn.ModuleList):
         self.last = last
         self.packed: PackedMlp | None = None
 
-    def pack(self, int8: bool = False) -> None:
-        """Packs the weights, rounded to 8 bits if so wanted, without gradients. Needs `native.multiplies` for what is multiplied."""
-        self.packed = PackedMlp(*self._values(), self.last.dim if self.last else 0, int8)
+    def pack(self, int8: bool = False, apart: int = 0) -> None:
+        """Packs the weights, rounded to 8 bits if so wanted, without gradients; arguments as in `PackedMlp`. Needs `native.multiplies` for
+        what is multiplied.
+        """
+        self.packed = PackedMlp(*self._values(), self.last.dim if self.last else 0, int8=int8, apart=apart)
 
     def repack(self) -> None:
         """Packs the weights again, after they changed."""

@@ -13,17 +13,21 @@ class PackedMlp:
     `native.multiplies` for the weights' dtype, or for int8.
     """
 
-    def __init__(self, weights: Sequence[Tensor], vectors: Sequence[Tensor], softmax_size: int = 0, int8: bool = False) -> None:
+    def __init__(
+        self, weights: Sequence[Tensor], vectors: Sequence[Tensor], softmax_size: int = 0, *, int8: bool = False, apart: int = 0
+    ) -> None:
         """
         Args:
             weights: each layer's, [out, in] or [E, out, in], fp32 or bf16.
             vectors: for each layer its bias and, if it has a norm, LayerNorm's weight and bias, [out] or [E, out].
             softmax_size: SimNorm's in the last layer, 0 if that is plain.
-            int8: rounds fp32 weights to 8 bits, with one scale for each output, and inputs in every product, with one for each row.
+            int8: rounds fp32 weights to 8 bits, with one scale for each output, and inputs in every product, with one for each row; what a
+                plain last layer reads is rounded in two steps.
+            apart: so many leading inputs are of another kind than those after them; each kind then has a scale of its own.
         """
         self.dims = [weights[0].shape[-1], *(weight.shape[-2] for weight in weights)]
         self.softmax_size = softmax_size
-        self._int8 = int8
+        self._int8, self._apart = int8, apart
         self.weights = torch.ops.specmpc.pack_mlp(weights, int8, None)  # [size] or [E, size]
         self.vectors = _joined(vectors)  # [V] or [E, V], fp32
 
@@ -49,7 +53,7 @@ class PackedMlp:
         whole = self.weights, self.vectors
         weights, vectors = (packed[head] for packed in whole) if isinstance(head, int) else whole
         heads = head if isinstance(head, Tensor) else None
-        return torch.ops.specmpc.fused_mlp(x, shared, weights, vectors, self.dims, self.softmax_size, expect, heads)
+        return torch.ops.specmpc.fused_mlp(x, shared, weights, vectors, self.dims, self.softmax_size, self._apart, expect, heads)
 
 
 def _joined(vectors: Sequence[Tensor]) -> Tensor:

@@ -295,7 +295,7 @@ class WorldModel(nn.Module):
         at_hand = weight.device.type == "cpu" and native.multiplies(torch.int8 if int8 else weight.dtype)
         self._packed = [net for net in nets if net is not None and at_hand]
         for net in self._packed:
-            net.pack(int8)
+            net.pack(int8, self.dims.latent_dim)
 
     @torch.no_grad()
     def take_weights(self, source: WorldModel) -> None:

@@ -26,6 +26,7 @@ class Case(NamedTuple):
     shared: int = 0  # leading inputs that come apart
     stacks: int = 0  # E heads; 0: no axis for them
     heads: tuple[int, ...] | None = None
+    apart: int = 0  # leading inputs that are of another kind
 
 
 CASES = {
@@ -43,6 +44,10 @@ CASES = {
     "an odd number of shared inputs": Case((64, 50), (95, 48, 16), 0, 45),
     "shared inputs of each group": Case((3, 20, 6), (38, 48, 16), 0, 32),
     "three axes": Case((1, 70, 40), (40, 24, 24)),
+    "inputs of two kinds": Case((70, 40), (40, 64, 24), 8, apart=32),
+    "an odd number of one kind": Case((70, 40), (40, 24, 24), apart=29),
+    "shared inputs are of one kind": Case((64, 6), (38, 48, 16), 0, 32, apart=32),
+    "shared inputs are a part of one kind": Case((64, 16), (38, 48, 16), 0, 22, apart=32),
     "heads": Case((3, 70, 40), (40, 24, 24), stacks=3),
     "heads for the same rows": Case((1, 70, 40), (40, 24, 24), stacks=3),
     "picked heads": Case((2, 70, 40), (40, 24, 24), stacks=5, heads=(4, 1)),
@@ -61,13 +66,14 @@ class Given(NamedTuple):
     heads: Tensor | None
     expect: tuple[float, float] | None = None
     int8: bool = False
+    apart: int = 0
 
     @property
     def arguments(self) -> tuple[object, ...]:
         packed = torch.ops.specmpc.pack_mlp(self.weights, self.int8, None)
         vectors = torch.cat([vector for layer in self.vectors for vector in layer], -1)
         dims = [self.weights[0].shape[-1], *(weight.shape[-2] for weight in self.weights)]
-        return self.x, self.shared, packed, vectors, dims, self.group, self.expect, self.heads
+        return self.x, self.shared, packed, vectors, dims, self.group, self.apart, self.expect, self.heads
 
     def fused(self) -> Tensor:
         return torch.ops.specmpc.fused_mlp(*self.arguments)
@@ -79,12 +85,19 @@ class Given(NamedTuple):
         y = self.x
         rounded = in_8_bits if self.int8 else lambda x: x.to(dtype).double()
         parts = [y] if self.shared is None else [self.shared.expand(*y.shape[:-1], -1), y]
-        y = torch.cat([rounded(part) for part in parts], -1)  # parts that come apart are rounded apart
+        if self.apart:
+            before = 0 if self.shared is None else self.shared.shape[-1]
+            parts[-1:] = parts[-1].split([self.apart - before, y.shape[-1] - self.apart + before], dim=-1)
+        y = torch.cat([rounded(part) if part.numel() else part.double() for part in parts], -1)  # apart, if they come or are apart
         for number, (weight, vectors) in enumerate(zip(self.weights, self.vectors, strict=True)):
             weight = weight[picked] if grouped else weight
             bias, *norm = (v[picked].double().unsqueeze(-2) if grouped else v.double() for v in vectors)
             weight = weight_in_8_bits(weight) if self.int8 else weight.double()
-            y = (rounded(y) if number else y) @ weight.transpose(-1, -2) + bias
+            if number:
+                kept = rounded(y)
+                twice = self.int8 and number == len(self.weights) - 1 and not norm
+                y = kept + in_8_bits(y.double() - kept) if twice else kept
+            y = y @ weight.transpose(-1, -2) + bias
             if norm:
                 y = F.layer_norm(y, y.shape[-1:]) * norm[0] + norm[1]
                 y = F.mish(y) if number < len(self.weights) - 1 else SimNorm(self.group)(y)
@@ -121,7 +134,7 @@ def given(name: str, dtype: torch.dtype = torch.float32) -> Given:
     shared = torch.randn(*case.x[:-2], 1, case.shared) if case.shared else None
     assert case.x[-1] + case.shared == case.dims[0]
     heads = None if case.heads is None else torch.tensor(case.heads)
-    return Given(torch.randn(case.x), shared, weights, vectors, case.group, heads, int8=dtype is torch.int8)
+    return Given(torch.randn(case.x), shared, weights, vectors, case.group, heads, int8=dtype is torch.int8, apart=case.apart)
 
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
@@ -298,7 +311,7 @@ def test_what_is_not_finite_is_not_hidden() -> None:
 
 
 def several_blocks(**change: object) -> dict[str, object]:
-    names = ("x", "shared", "packed", "vectors", "dims", "softmax_size", "range", "heads")
+    names = ("x", "shared", "packed", "vectors", "dims", "softmax_size", "apart", "range", "heads")
     return dict(zip(names, given("several blocks").arguments, strict=True)) | change
 
 

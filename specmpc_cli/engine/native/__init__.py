@@ -105,6 +105,7 @@ def _fused_mlp_like(
     vectors: Tensor,
     dims: Sequence[int],
     softmax_size: int,
+    apart: int,
     range: Sequence[float] | None,
     heads: Tensor | None,
 ) -> Tensor:

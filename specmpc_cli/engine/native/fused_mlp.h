@@ -163,10 +163,11 @@ class Layers {
   using Weight = typename Product::Weight;
 
   // `vectors` of a layer: what is added to the product; of all but a plain last layer LayerNorm's weight and bias, too.
-  Layers(at::IntArrayRef dims, int64_t softmax_size, const std::optional<Bins>& bins)
+  // `apart`: how many of the first layer's inputs are of another kind than those after them.
+  Layers(at::IntArrayRef dims, int64_t apart, int64_t softmax_size, const std::optional<Bins>& bins)
       : dims_(dims.vec()), softmax_size_(softmax_size), bins_(bins) {
     for (size_t layer = 0; layer + 1 < dims.size(); ++layer) {
-      products_.emplace_back(dims[layer], dims[layer + 1]);
+      products_.emplace_back(dims[layer], dims[layer + 1], Care{layer == 0 ? apart : 0, is_last(layer) && softmax_size == 0});
       widest_ = std::max(widest_, products_.back().padded_outputs());
       weights_ += products_.back().packed_size();
       vectors_ += vectors_of(layer) * dims[layer + 1];
@@ -212,7 +213,7 @@ class Layers {
       for (int64_t r = 0; r < count; ++r) {
         float* row = sums + r * sums_step;
         if (!is_last(layer)) {
-          features.set(r, dim, [&](auto made) { norm_mish_row(row, shift, norm_weight, norm_bias, dim, made); });
+          products_[layer + 1].take(features, r, [&](auto made) { norm_mish_row(row, shift, norm_weight, norm_bias, dim, made); });
         } else if (softmax_size_ > 0) {
           norm_softmax_row(row, shift, norm_weight, norm_bias, dim, softmax_size_, y + r * dim);
         } else if (bins_) {
@@ -285,7 +286,7 @@ void compute_mlp(const Rows& x, const std::optional<Rows>& shared, const Heads& 
 // Rows x [N, I] or [G, N, I] through layers of these `dims`, the first of which has I inputs; or more, when `shared` [1, S] or [G, 1, S]
 // has the leading ones, which all rows have in common. `packed` is pack_mlp's, [size] or [E, size]; `vectors` [V] or [E, V] are, for each
 // layer, what is added to the product and, if it has a norm, LayerNorm's weight and bias. `softmax_size`: SimNorm's in the last layer, 0
-// if that is plain. `range` [2]: the plain last layer's outputs are logits of bins from here to there, and their expected scalar is the
+// if that is plain. `apart`: how many leading inputs are of another kind than those after them, which int8 rounds apart. `range` [2]: the plain last layer's outputs are logits of bins from here to there, and their expected scalar is the
 // result. `heads` [G]: which of the E each group takes; all in turn, if left out. → [N, out] or [G, N, out], or with a range [N] or
 // [G, N]. Rows, vectors and results are fp32; products are computed in the weights' dtype, as are the features between layers.
 inline at::Tensor fused_mlp(
@@ -295,6 +296,7 @@ inline at::Tensor fused_mlp(
     const at::Tensor& vectors,
     at::IntArrayRef dims,
     int64_t softmax_size,
+    int64_t apart,
     std::optional<at::ArrayRef<double>> range,
     const std::optional<at::Tensor>& heads) {
   const auto is_rows = [](const at::Tensor& rows) { return (rows.dim() == 2 || rows.dim() == 3) && rows.size(-1) > 0; };
@@ -339,12 +341,12 @@ inline at::Tensor fused_mlp(
   at::Tensor y = at::empty(shape, x.options());
   const Heads found{packed, vectors, std::move(of_group)};
   if (packed.scalar_type() == at::kBFloat16) {
-    compute_mlp(in, in_common, found, Layers<Bf16Product>(dims, softmax_size, bins), Rows(y));
+    compute_mlp(in, in_common, found, Layers<Bf16Product>(dims, apart, softmax_size, bins), Rows(y));
   } else if (packed.scalar_type() == at::kChar) {
-    compute_mlp(in, in_common, found, Layers<Int8Product>(dims, softmax_size, bins), Rows(y));
+    compute_mlp(in, in_common, found, Layers<Int8Product>(dims, apart, softmax_size, bins), Rows(y));
   } else {
     TORCH_CHECK(packed.scalar_type() == at::kFloat, "fused_mlp: weights must be fp32, bf16 or int8");
-    compute_mlp(in, in_common, found, Layers<Fp32Product>(dims, softmax_size, bins), Rows(y));
+    compute_mlp(in, in_common, found, Layers<Fp32Product>(dims, apart, softmax_size, bins), Rows(y));
   }
   return bins ? y.squeeze(-1) : y;
 }

@@ -12,8 +12,8 @@ TORCH_LIBRARY(specmpc, m) {
       " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("pack_mlp(Tensor[] weights, bool int8, Tensor(a!)? into) -> Tensor(a!)");
   m.def(
-      "fused_mlp(Tensor x, Tensor? shared, Tensor packed, Tensor vectors, int[] dims, int softmax_size, float[]? range, Tensor? heads)"
-      " -> Tensor");
+      "fused_mlp(Tensor x, Tensor? shared, Tensor packed, Tensor vectors, int[] dims, int softmax_size, int apart, float[]? range,"
+      " Tensor? heads) -> Tensor");
   m.def("multiplies_bf16() -> bool", specmpc::Bf16Product::fast);
   m.def("multiplies_int8() -> bool", specmpc::Int8Product::fast);
 }

@@ -38,22 +38,19 @@ inline int64_t round_up(int64_t size, int64_t multiple) { return (size + multipl
 
 // What a layer hands on to the next: rows side by side.
 template <typename T>
-class PlainFeatures {
- public:
-  PlainFeatures(int64_t rows, int64_t widest) : rows_(in_scratch(rows * widest)) {}
-  template <typename Make>
-  void set(int64_t r, int64_t dim, Make make) {
-    make(rows_ + r * dim);
-  }
-  const T* rows() const { return rows_; }
+struct PlainFeatures {
+  T* rows;
 
- private:
-  T* rows_;
-
-  static T* in_scratch(int64_t size) {
+  PlainFeatures(int64_t count, int64_t widest) {
     static thread_local Scratch<T> scratch;
-    return scratch.at_least(size);
+    rows = scratch.at_least(count * widest);
   }
+};
+
+// What rounding to 8 bits has to mind, and nobody else.
+struct Care {
+  int64_t apart = 0;  // so many leading inputs are of another kind than those after them
+  bool fine = false;  // inputs that another layer makes must be nearer than 8 bits
 };
 
 // fp32. A tile of kRows × kOutputs sums stays in registers while the inputs pass.
@@ -72,7 +69,7 @@ class Fp32Product {
 #endif
   static constexpr int64_t kVectors = 2, kOutputs = kLanes * kVectors;
 
-  explicit Fp32Product(int64_t in, int64_t out) : in_(in), out_(out) {}
+  Fp32Product(int64_t in, int64_t out, Care = {}) : in_(in), out_(out) {}
 
   int64_t padded_outputs() const { return round_up(out_, kLanes); }
   int64_t panels() const { return (out_ + kOutputs - 1) / kOutputs; }
@@ -112,8 +109,13 @@ class Fp32Product {
       }
     }
   }
+  // Inputs that another layer makes, row by row.
+  template <typename Make>
+  void take(Features& features, int64_t r, Make make) const {
+    make(features.rows + r * in_);
+  }
   void multiply(const Features& features, int64_t count, const float* packed, float* sums) const {
-    multiply(features.rows(), in_, count, 0, packed, sums);
+    multiply(features.rows, in_, count, 0, packed, sums);
   }
 
  private:
@@ -167,7 +169,7 @@ class Bf16Product {
 #endif
   static constexpr int64_t kOutputs = 32;
 
-  explicit Bf16Product(int64_t in, int64_t out) : in_(in), out_(out), padded_in_(round_up(in, kInputs)) {}
+  Bf16Product(int64_t in, int64_t out, Care = {}) : in_(in), out_(out), padded_in_(round_up(in, kInputs)) {}
 
   int64_t padded_outputs() const { return round_up(out_, kOutputs); }
   int64_t panels() const { return padded_outputs() / kOutputs; }
@@ -207,8 +209,13 @@ class Bf16Product {
 #endif
   }
 
+  // Inputs that another layer makes, row by row.
+  template <typename Make>
+  void take(Features& features, int64_t r, Make make) const {
+    make(features.rows + r * in_);
+  }
   void multiply(const Features& features, int64_t count, const at::BFloat16* packed, float* sums) const {
-    multiply(features.rows(), in_, count, 0, packed, sums);
+    multiply(features.rows, in_, count, 0, packed, sums);
   }
 
   // Whether this machine has instructions for such products.
