@@ -286,9 +286,10 @@ void compute_mlp(const Rows& x, const std::optional<Rows>& shared, const Heads& 
 // Rows x [N, I] or [G, N, I] through layers of these `dims`, the first of which has I inputs; or more, when `shared` [1, S] or [G, 1, S]
 // has the leading ones, which all rows have in common. `packed` is pack_mlp's, [size] or [E, size]; `vectors` [V] or [E, V] are, for each
 // layer, what is added to the product and, if it has a norm, LayerNorm's weight and bias. `softmax_size`: SimNorm's in the last layer, 0
-// if that is plain. `apart`: how many leading inputs are of another kind than those after them, which int8 rounds apart. `range` [2]: the plain last layer's outputs are logits of bins from here to there, and their expected scalar is the
-// result. `heads` [G]: which of the E each group takes; all in turn, if left out. → [N, out] or [G, N, out], or with a range [N] or
-// [G, N]. Rows, vectors and results are fp32; products are computed in the weights' dtype, as are the features between layers.
+// if that is plain. `apart`: how many leading inputs are of another kind than those after them, which int8 rounds apart. `range` [2]: the
+// plain last layer's outputs are logits of bins from here to there, and their expected scalar is the result. `heads` [G]: which of the E
+// each group takes; all in turn, if left out. → [N, out] or [G, N, out], or with a range [N] or [G, N]. Rows, vectors and results are fp32;
+// products are computed in the weights' dtype, as are the features between layers.
 inline at::Tensor fused_mlp(
     const at::Tensor& x,
     const std::optional<at::Tensor>& shared,

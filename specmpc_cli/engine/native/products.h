@@ -1,8 +1,8 @@
 // Products of rows with a weight's rows, x·Wᵀ, a few dozen rows at a time, so that what follows finds them in a near cache.
 //
-// Two ways with one interface (int8_product.h has a third): fp32 in vector registers, and bf16 in AMX's tiles or vector registers, with sums
-// in fp32. Each packs weights into panels of neighbouring outputs, in the order in which they are read. Rows may lack leading inputs, whose
-// part of the product is known already. A row's sums do not depend on the rows beside it, on the number of threads or on the batch.
+// Two ways with one interface (int8_product.h has a third): fp32 in vector registers, and bf16 in AMX's tiles or vector registers, with
+// sums in fp32. Each packs weights into panels of neighbouring outputs, in the order in which they are read. Rows may lack leading inputs,
+// whose part of the product is known already. A row's sums do not depend on the rows beside it, on the number of threads or on the batch.
 
 #pragma once
 

@@ -1,7 +1,7 @@
 // LayerNorm and Mish of a row that is about to be rounded to 8 bits.
 //
-// It need not be computed to 24: the exponential comes from a polynomial of degree 4 and a reciprocal from the processor's estimate, together
-// right to 2^-13. That takes two thirds of the time.
+// It need not be computed to 24: the exponential comes from a polynomial of degree 4 and a reciprocal from the processor's estimate,
+// together right to 2^-13. That takes two thirds of the time.
 
 #pragma once
 
