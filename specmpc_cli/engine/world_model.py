@@ -292,7 +292,7 @@ class WorldModel(nn.Module):
         weight = next(self.dynamics.parameters())
         if int8:
             native.require_int8()
-        at_hand = weight.device.type == "cpu" and native.multiplies(torch.int8 if int8 else weight.dtype)
+        at_hand = int8 or (weight.device.type == "cpu" and native.multiplies(weight.dtype))
         self._packed = [net for net in nets if net is not None and at_hand]
         for net in self._packed:
             net.pack(int8, self.dims.latent_dim)
