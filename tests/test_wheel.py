@@ -56,7 +56,7 @@ def test_the_embedded_teacher_and_correctors_act(installed: Path) -> None:
 
 def test_the_kernels_sources_are_installed(installed: Path) -> None:
     sources = {path.name for path in (installed / "specmpc_cli" / "engine" / "native").iterdir()}
-    assert {"ops.cpp", "fused_mlp.h", "norm_mish.h", "products.h", "rows.h"} <= sources
+    assert {"ops.cpp", "fused_mlp.h", "learnt_mlp.h", "products.h", "rows.h"} <= sources
 
 
 def test_the_command_is_installed(installed: Path) -> None:

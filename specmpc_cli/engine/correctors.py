@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specmpc_cli.engine.layers import mish
+from specmpc_cli.engine.norm_mish import mish
 from specmpc_cli.types import Visit
 
 

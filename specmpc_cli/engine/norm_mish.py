@@ -1,18 +1,10 @@
-"""LayerNorm and Mish, and dropout before them: what lies between the matrix products of every TD-MPC2 network.
-
-Code that is compiled for a CPU calls a kernel of our own instead (engine/native), in which all of it is one pass, forwards and backwards.
-Where there is none, and in eager code, the formulas below are computed.
-"""
+"""LayerNorm and Mish, and dropout before them: what lies between the matrix products of every TD-MPC2 network."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from specmpc_cli.engine import native
-
-_WORTH_A_CALL = 1 << 15  # elements; below, what the compiler fuses by itself is as fast
 
 
 def mish(x: Tensor) -> Tensor:
@@ -30,11 +22,9 @@ def norm_mish(x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, mask: Tens
 
     Args:
         x: [..., D], fp32 or bf16; [G, N, D] if each of G groups has its own vectors.
-        shift, weight, bias: [D] or [G, D], fp32; weight and bias are LayerNorm's. The shift is a product's bias, which is cheaper here.
+        shift, weight, bias: [D] or [G, D], fp32; weight and bias are LayerNorm's. The shift is a product's bias.
         mask: as x, fp32: dropout's factors; 1 if left out. It gets no gradient.
     """
-    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() >= _WORTH_A_CALL and native.built():
-        return torch.ops.specmpc.norm_mish(x, shift.float(), weight, bias, mask)
     shifted = x.float() + over_rows(shift)
     if mask is not None:
         shifted = shifted * mask

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from specmpc_cli.engine import native
-from specmpc_cli.engine.layers import Affine, Linear, LinearEnsemble, Mlp, SimNorm, Stack
+from specmpc_cli.engine.layers import Affine, Linear, LinearEnsemble, Mlp, SimNorm, Stack, in_one_call, joined
+from specmpc_cli.engine.native.learnt_mlp import PLAIN
 from specmpc_cli.engine.twohot import two_hot_inv
 
 LOG_STD_RANGE = (-10.0, 2.0)  # of the policy prior
@@ -93,11 +94,16 @@ class QEnsemble(nn.Module):
             x = layer(x, head)
         return x
 
-    def drawn_logits(self, x: Tensor, q_index: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [N, Z+A] → logits [2, N, bins] of the two heads q_index [2]. With two heads in all, the draw changes nothing."""
-        if self.num_q == 2:
-            return self.logits(x.unsqueeze(0), None, mask)
-        return self.logits(x.expand(2, -1, -1), q_index, mask)
+    def of_rows(self, *parts: Tensor, q_index: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Inputs [N, Z+A], side by side in parts → logits [G, N, bins] of the heads q_index [G], or of all. `mask` as in `logits`.
+
+        With two heads in all, a draw of two changes nothing.
+        """
+        heads = None if self.num_q == 2 else q_index
+        if (y := in_one_call(self.layers, parts, PLAIN, heads, mask)) is not None:
+            return y
+        x = torch.cat(parts, dim=-1)
+        return self.logits(x.unsqueeze(0) if heads is None else x.expand(len(heads), -1, -1), heads, mask)
 
 
 class WorldModel(nn.Module):
@@ -169,12 +175,12 @@ class WorldModel(nn.Module):
 
     def next(self, z: Tensor, a: Tensor, task: Tensor | None = None) -> Tensor:
         """Latent and action → predicted next latent [..., Z]. One z [..., 1, Z] may serve many actions [..., N, A]."""
-        return self.dynamics(*_joined(self.with_task(z, task), a))
+        return self.dynamics(self.with_task(z, task), a)
 
     def reward(self, z: Tensor, a: Tensor) -> Tensor:
         """Expected reward of one env step, [...]. One z [..., 1, Z] may serve many actions [..., N, A]."""
-        packed, inputs = self.reward_net.packed, _joined(z, a)
-        return self.decode(self.reward_net(*inputs)) if packed is None else packed(*inputs, expect=self._range)
+        packed = self.reward_net.packed
+        return self.decode(self.reward_net(z, a)) if packed is None else packed(*joined(z, a), expect=self._range)
 
     def terminates(self, z: Tensor) -> Tensor:
         """1.0 where the model says that the episode ended at z, else 0.0, [...]. All 0 without a termination head."""
@@ -305,11 +311,6 @@ class WorldModel(nn.Module):
         torch._foreach_copy_(inner, given)
         for net in self._packed:
             net.repack()
-
-
-def _joined(z: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The inputs [z, a] of a net; or a, and apart from it the z that all actions share, whose part of a product is then made once."""
-    return (torch.cat([z, a], dim=-1), None) if z.shape[:-1] == a.shape[:-1] else (a, z)
 
 
 def _corner(padded: Tensor, shape: torch.Size) -> Tensor:

@@ -88,12 +88,13 @@ def world_model_loss(model: WorldModel, batch: Batch, noise: UpdateNoise, s: Los
     for action in batch.action:
         latents.append(model.next(latents[-1], action, batch.task))
     z = torch.stack(latents)  # [H+1, B, Z]
-    za = torch.cat([model.with_task(z[:-1], batch.task), batch.action], dim=-1)
+    from_z = model.with_task(z[:-1], batch.task)
 
     consistency = ((z[1:] - seen).square().mean((1, 2)) * weight).mean()
     d = model.dims
-    reward = (two_hot_loss(model.reward_net(za), batch.reward, d.vmin, d.vmax).mean(1) * weight).mean()
-    logits = model.q.logits(za.flatten(0, 1).unsqueeze(0), None, noise.q_mask).unflatten(1, (horizon, size))  # [E, H, B, bins]
+    reward = (two_hot_loss(model.reward_net(from_z, batch.action), batch.reward, d.vmin, d.vmax).mean(1) * weight).mean()
+    logits = model.q.of_rows(from_z.flatten(0, 1), batch.action.flatten(0, 1), mask=noise.q_mask)  # [E, H·B, bins]
+    logits = logits.unflatten(1, (horizon, size))
     value = (two_hot_loss(logits, target, d.vmin, d.vmax).mean((0, 2)) * weight).mean()
     termination = torch.zeros_like(value)
     if model.termination_net is not None:
@@ -107,8 +108,8 @@ def world_model_loss(model: WorldModel, batch: Batch, noise: UpdateNoise, s: Los
 def td_target(model: WorldModel, next_z: Tensor, batch: Batch, noise: UpdateNoise, discount: float | Tensor) -> Tensor:
     """Reward plus the discounted minimum of two target heads at the policy prior's action; [H, B]. `discount` may be [B]."""
     action = model.pi_sample(next_z, noise.td_eps, batch.task)
-    za = torch.cat([model.with_task(next_z, batch.task), action], dim=-1).flatten(0, 1)
-    values = model.decode(model.q_target.drawn_logits(za, noise.td_q_index))  # [2, H·B]
+    from_z = model.with_task(next_z, batch.task).flatten(0, 1)
+    values = model.decode(model.q_target.of_rows(from_z, action.flatten(0, 1), q_index=noise.td_q_index))  # [2, H·B]
     return batch.reward + discount * (1 - batch.terminated) * values.amin(0).view_as(batch.reward)
 
 
@@ -122,8 +123,9 @@ def policy_loss(model: WorldModel, z: Tensor, noise: UpdateNoise, scale: Tensor,
     """
     task = batch.task
     action, entropy, scaled_entropy = draw_policy(model, z, noise.pi_eps, task)
-    za = torch.cat([model.with_task(z, task), action], dim=-1).flatten(0, 1)
-    values = model.decode(model.q.drawn_logits(za, noise.pi_q_index, noise.pi_q_mask)).mean(0).view_as(entropy)  # [H+1, B]
+    from_z = model.with_task(z, task).flatten(0, 1)
+    logits = model.q.of_rows(from_z, action.flatten(0, 1), q_index=noise.pi_q_index, mask=noise.pi_q_mask)
+    values = model.decode(logits).mean(0).view_as(entropy)  # [H+1, B]
     scale = torch.lerp(scale, percentile_range(values[0].detach()).clamp(min=1.0), s.tau)
     weight = s.rho ** torch.arange(len(z), device=z.device)
     total = (-(s.entropy_coef * scaled_entropy + values / scale).mean(1) * weight).mean()

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from specmpc_cli import runtime
-from specmpc_cli.engine import native, norm_mish
+from specmpc_cli.engine import native
 from specmpc_cli.engine.batched_planner import BatchedPlanner
 from specmpc_cli.engine.captured import EAGER_CALLS
 from specmpc_cli.engine.compiled import (
@@ -44,10 +44,9 @@ SMALL = PlannerSettings(discount=0.99, iterations=2, num_samples=32, num_elites=
 @pytest.mark.compiler
 @pytest.mark.parametrize(("num_q", "fused"), [(2, False), (5, True)])
 def test_compiled_and_eager_plans_agree(num_q: int, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With MLPs in one call, and as where there are none for the dtype; there by the kernel for what lies between two products."""
+    """With MLPs in one call, and as where there are none for the dtype."""
     if not fused:
         monkeypatch.setattr(native, "multiplies", lambda dtype: False)
-        monkeypatch.setattr(norm_mish, "_WORTH_A_CALL", 1)
     model = make_model(num_q=num_q)
     with torch.inference_mode():
         z, warm = model.encode(torch.randn(2, 4)), torch.zeros(2, 3, 2)

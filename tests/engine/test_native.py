@@ -36,15 +36,15 @@ class Near(NamedTuple):
     median: tuple[float, float]
 
 
-NEAR = {torch.bfloat16: Near((4e-3, 1e-5), (2e-4, 1e-6)), torch.int8: Near((5e-2, 2e-5), (2e-3, 2e-6))}
+NEAR = {torch.bfloat16: Near((2e-2, 1e-5), (2e-4, 1e-6)), torch.int8: Near((5e-2, 2e-5), (2e-3, 2e-6))}
 
 
 @pytest.mark.compiler
 @pytest.mark.parametrize("dtype", NEAR, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_narrow_products_round_operands_only(name: str, dtype: torch.dtype) -> None:
-    """Products of bf16 are exact and summed in fp32, sums of integers are exact; where these differ in the last digit, or a feature lies
-    between two integers, it may be rounded the other way.
+    """Products of bf16 are exact and summed in fp32, sums of integers are exact; a feature that is computed to 2^-13 and lies between two
+    steps may be rounded the other way.
     """
     mlp = given(name, dtype)
     out, expected = mlp.fused(), mlp.exact()
@@ -174,7 +174,7 @@ def test_features_far_from_and_near_zero(size: float, dtype: torch.dtype) -> Non
     seen = mlp._replace(weights=[mlp.weights[0], hands_on], vectors=[[torch.zeros(dim), scale, torch.zeros(dim)], [torch.zeros(dim)]])
     out, expected = seen.fused().double(), seen.exact()
     # Of each row's greatest feature; int8's last layer reads them in two steps, so its error is far below one of 1 / 255.
-    steps = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.int8: 5e-4}[dtype]
+    steps = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.int8: 5e-4}[dtype]
     assert ((out - expected).abs() <= steps * expected.abs().amax(1, keepdim=True) + 1e-6).all()
 
 
@@ -289,7 +289,9 @@ def test_kernels_of_other_processors_compute_the_same(flags: str, tmp_path: Path
     compiler = tmp_path / "c++"
     compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" {flags}\n')
     compiler.chmod(0o755)
-    chosen = ["-k", "one_call_is or operands_only or any_size or not_finite or far_from or rounded_once or to_the_bit or stale"]
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *chosen, __file__]
+    in_test_native = "one_call_is or operands_only or any_size or not_finite or far_from or rounded_once or to_the_bit or stale"
+    chosen = ["-k", f"{in_test_native} or values_and_gradients or bf16_rounds"]
+    files = [__file__, str(Path(__file__).with_name("test_learnt_mlp.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *chosen, *files]
     run = subprocess.run(command, env={**os.environ, "CXX": str(compiler)}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]

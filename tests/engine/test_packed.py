@@ -40,9 +40,9 @@ def test_packed_stacks_compute_what_their_layers_do(dtype: torch.dtype) -> None:
         torch.testing.assert_close(packed(net)(x), net(x), **close)
         torch.testing.assert_close(packed(net)(x[0]), net(x[0]), **close)
     alike = shared.to(dtype).float()
-    torch.testing.assert_close(packed(nets[0])(own, shared=alike), nets[0](own, shared=alike), **close)
+    torch.testing.assert_close(packed(nets[0])(alike, own), nets[0](alike, own), **close)
     together = torch.cat([alike.expand(-1, 50, -1), own], -1)
-    torch.testing.assert_close(packed(nets[0])(own, shared=alike), packed(nets[0])(together), **close)
+    torch.testing.assert_close(packed(nets[0])(alike, own), packed(nets[0])(together), **close)
     twin = copy.deepcopy(q)
     twin.layers.pack()
     for head, rows in (

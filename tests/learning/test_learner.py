@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from specmpc_cli.engine import norm_mish
+from specmpc_cli.engine import layers
 from specmpc_cli.engine.twohot import two_hot, two_hot_inv, two_hot_loss
 from specmpc_cli.engine.world_model import WorldModel, WorldModelDims
-from specmpc_cli.learning.learner import Learner, LearnerSettings, clip_gradients, dropout_mask
+from specmpc_cli.learning.learner import Learner, LearnerSettings, clip_gradients, compiled_losses, dropout_mask
 from specmpc_cli.learning.losses import Batch, LossSettings, percentile_range
 from specmpc_cli.runtime import choose_runtime
 from tests.conftest import make_model
@@ -20,9 +20,9 @@ CPU = torch.device("cpu")
 HORIZON, SIZE = 3, 16
 
 
-def make_learner(*, seed: int = 0, dtype: str = "fp32", num_q: int = 3, dropout: float = 0.01) -> Learner:
+def make_learner(*, seed: int = 0, dtype: str = "fp32", num_q: int = 3, dropout: float = 0.01, episodic: bool = False) -> Learner:
     settings = LearnerSettings(dropout=dropout)
-    return Learner(make_model(num_q=num_q), LossSettings(0.97), settings, choose_runtime("cpu", dtype), seed=seed)
+    return Learner(make_model(num_q=num_q, episodic=episodic), LossSettings(0.97), settings, choose_runtime("cpu", dtype), seed=seed)
 
 
 def make_batch(seed: int = 0) -> Batch:
@@ -168,27 +168,6 @@ def test_percentile_range_interpolates() -> None:
     torch.testing.assert_close(percentile_range(x), x.quantile(0.95) - x.quantile(0.05))
 
 
-@pytest.mark.compiler
-def test_compiled_updates_agree_with_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By our own kernel, which such small updates would leave to the compiler."""
-    monkeypatch.setattr(norm_mish, "_WORTH_A_CALL", 1)
-    runtime = choose_runtime("cpu", "fp32")
-    eager, compiled = (
-        Learner(make_model(num_q=3), LossSettings(0.97), LearnerSettings(), replace(runtime, compiled=value), seed=0)
-        for value in (False, True)
-    )
-    compiled.rehearse(SIZE, HORIZON)
-    compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for number in range(3):
-        expected, found = eager.update(make_batch(number)), compiled.update(make_batch(number))
-        for name, value in expected._asdict().items():
-            torch.testing.assert_close(getattr(found, name), value, rtol=1e-4, atol=1e-5, msg=name)
-    expected, found = eager.state_dict(), compiled.state_dict()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-4, msg=name)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations, "the rehearsal compiled something else"
-
-
 TASKS = torch.arange(SIZE) % 3
 
 
@@ -197,6 +176,41 @@ def make_task_set_learner() -> Learner:
     model = WorldModel(WorldModelDims(4, 2, 16, 24, 24, 2, num_q=3, num_tasks=4, task_dim=5))
     model.action_masks[1, 1] = 0.0  # the second task has one action dimension
     return Learner(model, LossSettings(0.0), LearnerSettings(), choose_runtime("cpu", "fp32"), seed=0, discounts=(0.9, 0.95, 0.97, 0.99))
+
+
+LEARNERS = {"one task": make_learner, "one that terminates": partial(make_learner, episodic=True), "a task set": make_task_set_learner}
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("name", LEARNERS)
+def test_compiled_updates_agree_with_eager_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By our own kernels, which such small updates would leave to the compiler."""
+    monkeypatch.setattr(layers, "_WORTH_A_CALL", 1)
+    eager, compiled = LEARNERS[name](), LEARNERS[name]()
+    compiled._kernels = compiled_losses()
+    compiled.rehearse(SIZE, HORIZON)
+    compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for number in range(3):
+        batch = make_batch(number)._replace(task=TASKS if name == "a task set" else None)
+        expected, found = eager.update(batch), compiled.update(batch)
+        for part, value in expected._asdict().items():
+            torch.testing.assert_close(getattr(found, part), value, rtol=1e-4, atol=1e-5, msg=part)
+    expected, found = eager.state_dict(), compiled.state_dict()
+    for part, value in expected.items():
+        torch.testing.assert_close(found[part], value, rtol=0, atol=1e-4, msg=part)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations, "the rehearsal compiled something else"
+
+
+@pytest.mark.compiler
+def test_compiled_updates_in_bf16_are_near_those_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "_WORTH_A_CALL", 1)
+    exact, compiled = make_learner(), make_learner(dtype="bf16")
+    compiled._kernels = compiled_losses()
+    for number in range(3):
+        expected, found = exact.update(make_batch(number)), compiled.update(make_batch(number))
+        for part, value in expected._asdict().items():
+            torch.testing.assert_close(getattr(found, part), value, rtol=0.03, atol=1e-3, msg=part)
+    assert not torch.equal(found.total_loss, expected.total_loss)
 
 
 def test_a_task_set_is_learned_task_by_task() -> None:

@@ -1,8 +1,7 @@
-"""Kernels of our own for a CPU, in C++: what lies between two products and its gradient (norm_mish.h), and an MLP without gradients in one
-call (fused_mlp.h).
+"""Kernels of our own for a CPU, in C++: an MLP in one call, as the planner needs it (fused_mlp.h), and with gradients (learnt_mlp.h).
 
 They are built at their first use, in 17 seconds of CPU time, for the machine that they run on, and kept beside the compiler's own cache.
-Where that cannot be done, the formulas that they stand for are computed instead (norm_mish.py, layers.py).
+Where that cannot be done, the formulas that they stand for are computed instead (layers.py).
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from specmpc_cli.engine.native import learnt_mlp
 from specmpc_cli.errors import ConfigError
 from specmpc_cli.runtime import use_compile_cache
 
@@ -41,6 +40,7 @@ def problem() -> str | None:
     return f"the kernels of the planner and of training could not be built, so they are somewhat slower: {reason}"
 
 
+@torch.compiler.assume_constant_result
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether our products of this dtype are fast: fp32 wherever they are built, bf16 with AMX or AVX512-BF16, int8 with AVX512-VNNI."""
     if not built():
@@ -72,10 +72,8 @@ def _load() -> str | None:
             torch.ops.load_library(_build())
     except (OSError, subprocess.SubprocessError) as error:
         return _reason(error)
-    torch.library.register_fake("specmpc::norm_mish", lambda x, *others: _like(x))
-    torch.library.register_fake("specmpc::norm_mish_backward", lambda grad, *inputs: tuple(map(_like, inputs[:4])))
-    torch.library.register_autograd("specmpc::norm_mish", _backward, setup_context=_remember)
     torch.library.register_fake("specmpc::fused_mlp", _fused_mlp_like)
+    learnt_mlp.register()
     return None
 
 
@@ -84,18 +82,6 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in (getattr(error, "stderr", None) or "").splitlines()]
     complaint = next((line for line in lines if "error" in line), None)
     return complaint or str(error.__cause__ or error).strip().splitlines()[0]
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _remember(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.specmpc.norm_mish_backward(grad, *ctx.saved_tensors), None
 
 
 def _fused_mlp_like(

@@ -6,8 +6,9 @@
 
 #pragma once
 
+#include "bf16_product.h"
+#include "fp32_product.h"
 #include "int8_product.h"
-#include "products.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -66,18 +67,22 @@ inline void shares(const float* x, int64_t dim, int64_t size, float* y) {
   }
 }
 
-// y = SimNorm(LayerNorm(x + shift)) of one row, a softmax over each group of `size` neighbouring features, of which TD-MPC2 has eight; x is
-// overwritten.
-inline void norm_softmax_row(
-    float* x, const float* shift, const float* weight, const float* bias, int64_t dim, int64_t size, float* y) {
-  const Moments found = moments(x, shift, dim);
-  const float mean = found.mean, inverse_std = found.inverse_std;
-#pragma omp simd
-  for (int64_t j = 0; j < dim; ++j) x[j] = (x[j] + shift[j] - mean) * inverse_std * weight[j] + bias[j];
+// y = softmaxes of groups of `size` neighbouring features, of which TD-MPC2 has eight; x is overwritten.
+inline void softmax_row(float* x, int64_t dim, int64_t size, float* y) {
   below_greatest(x, dim, size);
 #pragma omp simd
   for (int64_t j = 0; j < dim; ++j) x[j] = exp_for_mish(x[j]);
   shares(x, dim, size, y);
+}
+
+// y = SimNorm(LayerNorm(x + shift)) of one row; x is overwritten.
+inline void norm_softmax_row(
+    float* x, const float* shift, const float* weight, const float* bias, int64_t dim, int64_t size, float* y) {
+  const Moments found = moments(dim, [x, shift](int64_t j) { return x[j] + shift[j]; });
+  const float mean = found.mean, inverse_std = found.inverse_std;
+#pragma omp simd
+  for (int64_t j = 0; j < dim; ++j) x[j] = (x[j] + shift[j] - mean) * inverse_std * weight[j] + bias[j];
+  softmax_row(x, dim, size, y);
 }
 
 // Bins of a distribution over scalars: so many, evenly spaced from low to high, in symlog space (twohot.py).
@@ -283,6 +288,15 @@ void compute_mlp(const Rows& x, const std::optional<Rows>& shared, const Heads& 
   });
 }
 
+// `heads` [G], each below `known`.
+inline std::vector<int64_t> picked_heads(const at::Tensor& heads, int64_t known) {
+  TORCH_CHECK(heads.scalar_type() == at::kLong && heads.dim() == 1 && heads.numel() > 0, "specmpc: heads are int64, one for each group");
+  const at::Tensor picked = heads.contiguous();
+  const std::vector<int64_t> found(picked.const_data_ptr<int64_t>(), picked.const_data_ptr<int64_t>() + picked.numel());
+  for (const int64_t head : found) TORCH_CHECK(head >= 0 && head < known, "specmpc: head ", head, " of ", known);
+  return found;
+}
+
 // Rows x [N, I] or [G, N, I] through layers of these `dims`, the first of which has I inputs; or more, when `shared` [1, S] or [G, 1, S]
 // has the leading ones, which all rows have in common. `packed` is pack_mlp's, [size] or [E, size]; `vectors` [V] or [E, V] are, for each
 // layer, what is added to the product and, if it has a norm, LayerNorm's weight and bias. `softmax_size`: SimNorm's in the last layer, 0
@@ -323,13 +337,7 @@ inline at::Tensor fused_mlp(
   const int64_t known = packed.dim() == 2 ? packed.size(0) : 1;
   std::vector<int64_t> of_group(known);
   std::iota(of_group.begin(), of_group.end(), 0);
-  if (heads) {
-    const bool indices = heads->scalar_type() == at::kLong && heads->dim() == 1 && heads->numel() > 0;
-    TORCH_CHECK(indices, "fused_mlp: heads are int64, one for each group");
-    const at::Tensor picked = heads->contiguous();
-    of_group.assign(picked.const_data_ptr<int64_t>(), picked.const_data_ptr<int64_t>() + picked.numel());
-    for (const int64_t head : of_group) TORCH_CHECK(head >= 0 && head < known, "fused_mlp: head ", head, " of ", known);
-  }
+  if (heads) of_group = picked_heads(*heads, known);
   const int64_t given = of_group.size(), groups = std::max({in.groups, shared ? in_common->groups : 1, given});
   const auto serves = [groups](int64_t count) { return count == 1 || count == groups; };
   const bool match = serves(given) && serves(in.groups) && (!shared || serves(in_common->groups));

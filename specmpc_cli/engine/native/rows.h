@@ -90,19 +90,19 @@ struct Moments {
   float mean, inverse_std;
 };
 
-// In one pass over the row: squares are of distances to the mean of its first features, which is at most √(dim / kFirst) standard
-// deviations from the mean of all, so that no more digits cancel than that.
-template <typename T>
-inline Moments moments(const T* x, const float* shift, int64_t dim) {
+// Of `dim` values, which `at` has. In one pass: squares are of distances to the mean of the first values, which is at most √(dim / kFirst)
+// standard deviations from the mean of all, so that no more digits cancel than that.
+template <typename At>
+SPECMPC_INLINED Moments moments(int64_t dim, At at) {
   constexpr int64_t kFirst = 64;
   const int64_t some = std::min(dim, kFirst);
   float near = 0.0f, sum = 0.0f, squares = 0.0f;
 #pragma omp simd reduction(+ : near) simdlen(32)
-  for (int64_t j = 0; j < some; ++j) near += to_float(x[j]) + shift[j];
+  for (int64_t j = 0; j < some; ++j) near += at(j);
   near /= some;
 #pragma omp simd reduction(+ : sum, squares) simdlen(32)
   for (int64_t j = 0; j < dim; ++j) {
-    const float distance = to_float(x[j]) + shift[j] - near;
+    const float distance = at(j) - near;
     sum += distance;
     squares += distance * distance;
   }
@@ -113,7 +113,7 @@ inline Moments moments(const T* x, const float* shift, int64_t dim) {
 // y = mish(LayerNorm(x + shift)) of one row.
 template <typename In, typename Out>
 inline void norm_mish_row(const In* x, const float* shift, const float* weight, const float* bias, int64_t dim, Out* y) {
-  const Moments found = moments(x, shift, dim);
+  const Moments found = moments(dim, [x, shift](int64_t j) { return to_float(x[j]) + shift[j]; });
   const float mean = found.mean, inverse_std = found.inverse_std;  // clang takes no structured bindings into simd loops
   constexpr int64_t kSome = 64;  // at a time, in fp32
   float some[kSome];

@@ -1,0 +1,269 @@
+"""Kernels of our own: an MLP that learns, one call each way, computes what its layers and their gradients do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specmpc_cli.engine import layers, native
+from specmpc_cli.engine.compiled import compiled
+from specmpc_cli.engine.layers import Mlp, SimNorm
+from specmpc_cli.engine.native.learnt_mlp import mlp
+
+pytestmark = pytest.mark.compiler
+
+
+class Case(NamedTuple):
+    rows: int
+    parts: tuple[int, ...]  # widths of the inputs' parts
+    outs: tuple[int, ...]  # each layer's
+    ends_in: int = 0
+    stacks: int = 0  # E heads; 0: no axis for them
+    heads: tuple[int, ...] | None = None
+    masked: bool = False
+    wanted: tuple[bool, ...] | None = None  # which parts get a gradient; all if left out
+
+
+CASES = {
+    "a plain layer": Case(6, (16,), (16,)),
+    "a row": Case(1, (40,), (24, 24)),
+    "odd sizes": Case(101, (37,), (53, 29, 53)),
+    "several chunks": Case(301, (64,), (96, 96)),
+    "an odd number of rows in the last": Case(133, (24,), (40, 20)),
+    "many rows": Case(1030, (34,), (40, 24)),
+    "wide": Case(70, (600,), (520, 40)),
+    "simnorm": Case(100, (48,), (64, 128), 8),
+    "simnorm of four": Case(100, (48,), (20,), 4),
+    "mish at the end": Case(256, (24,), (72,), -1),
+    "fewer outputs than lanes": Case(70, (33,), (40, 3)),
+    "two parts": Case(130, (32, 6), (48, 16)),
+    "two parts, the first is wanted": Case(130, (32, 6), (48, 16), wanted=(True, False)),
+    "two parts, the second is wanted": Case(130, (37, 6), (48, 16), wanted=(False, True)),
+    "none is wanted": Case(130, (32, 6), (48, 16), wanted=(False, False)),
+    "three parts, the middle is wanted": Case(130, (16, 5, 9), (48, 16), wanted=(False, True, False)),
+    "dropout": Case(130, (40,), (64, 24), masked=True),
+    "heads": Case(130, (32, 6), (40, 101), stacks=3),
+    "heads with dropout": Case(130, (32, 6), (40, 24, 101), stacks=5, masked=True),
+    "picked heads": Case(130, (32, 6), (40, 24), stacks=5, heads=(4, 1), wanted=(False, True)),
+    "a head picked twice": Case(70, (32, 6), (40, 24), stacks=2, heads=(1, 1)),
+}
+
+
+@dataclass
+class Given:
+    parts: list[Tensor]
+    weights: list[Tensor]
+    vectors: list[Tensor]
+    ends_in: int
+    heads: Tensor | None
+    mask: Tensor | None
+
+    def leaves(self) -> Iterator[Tensor]:
+        yield from (*self.parts, *self.weights, *self.vectors)
+
+    def doubled(self) -> Given:
+        def twin(given: list[Tensor]) -> list[Tensor]:
+            return [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in given]
+
+        mask = None if self.mask is None else self.mask.double()
+        return replace(self, parts=twin(self.parts), weights=twin(self.weights), vectors=twin(self.vectors), mask=mask)
+
+    def ours(self, bf16: bool = False) -> Tensor:
+        settings: dict[str, Any] = {"ends_in": self.ends_in, "heads": self.heads, "mask": self.mask}
+        return mlp(self.parts, self.weights, self.vectors, bf16=bf16, **settings)
+
+    def formula(self, bf16: bool = False) -> Tensor:
+        """From torch's own functions, in the tensors' precision; products of bf16 are of rounded operands."""
+
+        def rounded(x: Tensor) -> Tensor:
+            return x.bfloat16().to(x.dtype) if bf16 else x
+
+        def of_heads(x: Tensor) -> Tensor:
+            return x if self.heads is None else x[self.heads]
+
+        x, rest = torch.cat(self.parts, -1), iter(self.vectors)
+        for number, weight in enumerate(self.weights):
+
+            def vector(grouped: bool = weight.dim() == 3) -> Tensor:
+                return of_heads(next(rest)).unsqueeze(-2) if grouped else next(rest)
+
+            x = rounded(x) @ rounded(of_heads(weight)).transpose(-1, -2) + vector()
+            if number == 0 and self.mask is not None:
+                x = x * (self.mask if weight.dim() == 3 else self.mask[0])
+            last = number == len(self.weights) - 1
+            if not last or self.ends_in:
+                x = F.layer_norm(x, x.shape[-1:]) * vector() + vector()
+                x = SimNorm(self.ends_in)(x) if last and self.ends_in > 0 else F.mish(x)
+        return x
+
+
+def given(name: str) -> Given:
+    assert native.built()
+    case = CASES[name]
+    torch.manual_seed(0)
+    stacks, learns = (case.stacks,) if case.stacks else (), case.heads is None
+    weights, vectors = [], []
+    for i, o in zip((sum(case.parts), *case.outs), case.outs, strict=False):
+        weights.append((torch.randn(*stacks, o, i) / i**0.5).requires_grad_(learns))
+        for vector in (torch.randn(*stacks, o), torch.rand(*stacks, o) * 2, torch.randn(*stacks, o)):
+            vectors.append(vector.requires_grad_(learns))
+    if not case.ends_in:
+        del vectors[-2:]
+    wanted = case.wanted or [True] * len(case.parts)
+    parts = [torch.randn(case.rows, width).requires_grad_(wants) for width, wants in zip(case.parts, wanted, strict=True)]
+    heads = None if case.heads is None else torch.tensor(case.heads)
+    groups = len(case.heads or ()) or case.stacks or 1
+    mask = F.dropout(torch.ones(groups, case.rows, case.outs[0]), 0.3) if case.masked else None
+    return Given(parts, weights, vectors, case.ends_in, heads, mask)
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    """The largest, as a share of the largest value."""
+    return ((ours - exact).abs().max() / exact.abs().max()).item()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_those_of_its_layers(name: str) -> None:
+    some = given(name)
+    twin = some.doubled()
+    out, expected = some.ours(), twin.formula()
+    slope = torch.randn(expected.shape)
+    out.backward(slope)
+    expected.backward(slope.double())
+    assert out.dtype is torch.float32 and out.shape == expected.shape and error(out.detach(), expected.detach()) < 2e-6
+    for mine, exact in zip(some.leaves(), twin.leaves(), strict=True):
+        assert (mine.grad is None) == (exact.grad is None)
+        if mine.grad is not None and exact.grad is not None:
+            assert mine.grad.shape == exact.shape and error(mine.grad, exact.grad) < 2e-6
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bf16_rounds_operands_and_what_is_kept(name: str) -> None:
+    """But for what is kept of norms, and gradients between layers, which the formula does not round."""
+    some = given(name)
+    twin = some.doubled()
+    out, expected = some.ours(bf16=True), twin.formula(bf16=True)
+    slope = torch.randn(expected.shape)
+    out.backward(slope)
+    expected.backward(slope.double())
+    assert out.dtype is torch.float32 and error(out.detach(), expected.detach()) < 4e-3
+    for mine, exact in zip(some.leaves(), twin.leaves(), strict=True):
+        if mine.grad is not None and exact.grad is not None:
+            assert error(mine.grad, exact.grad) < 2e-2
+            assert (mine.grad - exact.grad).norm() < 6e-3 * exact.grad.norm()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("name", ["odd sizes", "simnorm", "two parts, the second is wanted", "heads with dropout", "picked heads"])
+def test_it_keeps_to_the_rules_for_custom_operators(name: str, bf16: bool) -> None:
+    some = given(name)
+    keep = 2 if some.heads is None else 1
+    settings = (some.heads, some.mask, some.ends_in, bf16, keep)
+    torch.library.opcheck(torch.ops.specmpc.mlp.default, (some.parts, some.weights, some.vectors, *settings))
+    parts, weights, vectors = ([tensor.detach() for tensor in tensors] for tensors in (some.parts, some.weights, some.vectors))
+    y, kept = torch.ops.specmpc.mlp(parts, weights, vectors, *settings)
+    wanted = [part.requires_grad for part in some.parts]
+    arguments = (torch.randn_like(y), y, kept, parts, weights, vectors, *settings, wanted)
+    torch.library.opcheck(torch.ops.specmpc.mlp_backward.default, arguments)
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    some = given("odd sizes")
+    arguments = (some.parts, some.weights, some.vectors, None, None, 0, False)
+    sizes = [torch.ops.specmpc.mlp(*arguments, keep)[1].numel() for keep in range(3)]
+    assert sizes[0] == 0 < sizes[1] < sizes[2]
+    with torch.no_grad():
+        torch.testing.assert_close(some.ours(), some.doubled().formula().float(), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_gradients_do_not_depend_on_the_number_of_threads(bf16: bool) -> None:
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        try:
+            some = given("heads with dropout")
+            some.ours(bf16).square().sum().backward()
+            found.append([tensor.grad for tensor in some.leaves()])
+        finally:
+            torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_what_is_not_finite_is_not_hidden_and_stays_in_its_row(bf16: bool) -> None:
+    some = given("simnorm")
+    (part,) = some.parts
+    with torch.no_grad():
+        part[3, 5], part[70, 2] = torch.nan, torch.inf
+    out = some.ours(bf16)
+    broken = torch.zeros(len(part), dtype=torch.bool)
+    broken[[3, 70]] = True
+    assert out[broken].isnan().all() and out[~broken].isfinite().all()
+    out.sum().backward()
+    assert part.grad is not None and part.grad[broken].isnan().all() and part.grad[~broken].isfinite().all()
+    assert some.weights[0].grad is not None and some.weights[0].grad.isnan().any()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_far_tails_of_mish(bf16: bool) -> None:
+    """Features near the mean lose digits; none becomes anything but a number."""
+    x = torch.linspace(-1, 1, 64).repeat(64, 1).requires_grad_()
+    for scale in (1.0, 30.0, 1e4, 1e12):
+        vectors = [torch.zeros(64), torch.full((64,), scale), torch.zeros(64)]
+        some = Given([x], [torch.eye(64)], vectors, -1, None, None)
+        torch.testing.assert_close(some.ours(bf16), some.formula(bf16), rtol=1e-3 if bf16 else 3e-6, atol=1e-3 if bf16 else 3e-6)
+        (slope,) = torch.autograd.grad(some.ours(bf16).sum(), x)
+        assert slope.isfinite().all()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    some = given("heads")
+    mask = torch.ones(3, 130, 40)
+    wrong: dict[str, Given] = {
+        "38 features, weights for 37": replace(some, weights=[some.weights[0][..., 1:], some.weights[1]]),
+        "inputs are fp32": replace(some, parts=[some.parts[0].double(), some.parts[1]]),
+        "inputs are fp32 [N, I]": replace(some, parts=[some.parts[0][:3], some.parts[1]]),
+        "weights are fp32": replace(some, weights=[some.weights[0].bfloat16(), some.weights[1]]),
+        "weights of different heads": replace(some, weights=[some.weights[0], some.weights[1][:2]]),
+        "5 vectors, expected 4": replace(some, vectors=[*some.vectors, some.vectors[0]]),
+        "vectors are": replace(some, vectors=some.vectors[:3]),
+        "vectors of another shape": replace(some, vectors=[some.vectors[0][:, 1:], *some.vectors[1:]]),
+        "101 features are not groups of 8": replace(some, ends_in=8),
+        "a mask is fp32": replace(some, mask=mask[:2]),
+        "for each feature": replace(some, mask=mask.double()),
+        "head 3 of 3": replace(some, heads=torch.tensor([3])),
+        "heads are int64": replace(some, heads=torch.tensor([1.0])),
+    }
+    for message, case in wrong.items():
+        with pytest.raises(RuntimeError) as raised, torch.no_grad():
+            case.ours()
+        assert message in str(raised.value)
+    with pytest.raises(RuntimeError, match="picked heads do not learn"):
+        replace(some, heads=torch.tensor([0])).ours().sum().backward()
+
+
+def test_compiled_code_calls_it_where_there_is_enough_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Mlp(24, [64], 16, SimNorm(8))
+
+    def called(rows: int) -> set[str]:
+        x = torch.randn(rows, 24, requires_grad=True)
+        with torch.profiler.profile() as profile:
+            compiled(net.forward)(x).square().sum().backward()
+        return {event.key for event in profile.key_averages()} & {"specmpc::mlp", "specmpc::mlp_backward"}
+
+    assert called(1024) == {"specmpc::mlp", "specmpc::mlp_backward"} and called(16) == set()
+    monkeypatch.setattr(native, "multiplies", lambda dtype: False)
+    assert called(2048) == set()
+
+
+def test_eager_code_never_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_load", lambda: pytest.fail("eager code asked for the kernel"))
+    monkeypatch.setattr(layers, "_WORTH_A_CALL", 1)
+    assert Mlp(24, [64], 16)(torch.randn(1024, 24)).shape == (1024, 16)
