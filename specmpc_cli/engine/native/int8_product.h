@@ -16,12 +16,6 @@
 
 namespace specmpc {
 
-// The least and the greatest of some values and 0.
-struct Spread {
-  float low, high;
-  bool finite;
-};
-
 // Steps of equal size, so many over this width; of size 0 if that has no inverse.
 struct Steps {
   float size, inverse;
@@ -29,19 +23,6 @@ struct Steps {
     if (size < std::numeric_limits<float>::min()) size = inverse = 0.0f;
   }
 };
-
-inline Spread spread(const float* x, int64_t count) {
-  constexpr uint32_t kExponent = 0x7f800000;
-  float low = 0.0f, high = 0.0f;
-  uint32_t odd = 0;
-#pragma omp simd reduction(min : low) reduction(max : high) reduction(| : odd)
-  for (int64_t k = 0; k < count; ++k) {
-    low = x[k] < low ? x[k] : low;  // std::min is not vectorised
-    high = x[k] > high ? x[k] : high;
-    odd |= (std::bit_cast<uint32_t>(x[k]) & kExponent) == kExponent;
-  }
-  return {low, high, odd == 0};
-}
 
 // Rows in 8 bits, of `step` inputs: x ≈ (y - zero) · scale.
 struct RoundedRows {
@@ -52,7 +33,9 @@ struct RoundedRows {
 
   // Rounds `count` inputs of row r, of which the first `lacking` are zeros that x does not have.
   void round(int64_t r, const float* x, int64_t count, int64_t lacking = 0) const {
-    const Spread found = spread(x, count - lacking);
+    round(r, x, spread(x, count - lacking), count, lacking);
+  }
+  void round(int64_t r, const float* x, const Spread& found, int64_t count, int64_t lacking = 0) const {
     uint8_t* y = values + r * step;
     if (!found.finite) {  // which must not be hidden
       std::fill_n(y, step, uint8_t{0});
@@ -121,7 +104,8 @@ class Int8Product {
   int64_t panels() const { return padded_outputs() / kOutputs; }
   int64_t packed_size() const { return panels() * panel_size(); }
 
-  // A panel has its outputs' scales, and then, for each four inputs, the fours of all outputs: four inputs are what an instruction takes.
+  // A panel has its outputs' scales, the sums of their weights, and then, for each four inputs, the fours of all outputs: four inputs are what
+  // an instruction takes.
   void pack(const float* weight, int64_t step, int64_t panel, int8_t* packed) const {
     int8_t* to = packed + panel * panel_size();
     std::fill_n(to, panel_size(), int8_t{0});
@@ -133,9 +117,15 @@ class Int8Product {
       const float inverse = steps.inverse, scale = found.finite ? steps.size : std::numeric_limits<float>::quiet_NaN();
       std::memcpy(to + j * sizeof(float), &scale, sizeof(float));
       if (!found.finite) continue;
-#pragma omp simd
-      for (int64_t k = 0; k < in_; ++k) rounded[k] = static_cast<int8_t>(static_cast<int32_t>(std::rint(output[k] * inverse)));
-      for (int64_t k = 0; k < padded_in_; k += kInputs) std::memcpy(to + kScales + k * kOutputs + j * kInputs, &rounded[k], kInputs);
+      int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t k = 0; k < in_; ++k) {
+        const int32_t whole = static_cast<int32_t>(std::rint(output[k] * inverse));
+        rounded[k] = static_cast<int8_t>(whole);
+        sum += whole;
+      }
+      std::memcpy(to + kScales + j * sizeof(int32_t), &sum, sizeof(sum));
+      for (int64_t k = 0; k < padded_in_; k += kInputs) std::memcpy(to + kHead + k * kOutputs + j * kInputs, &rounded[k], kInputs);
     }
   }
 
@@ -151,8 +141,9 @@ class Int8Product {
   template <typename Make>
   void take(Features& features, int64_t r, Make make) const {
     features.rows.step = features.rest.step = padded_in_;
-    make(RoughRow{features.row});
-    features.rows.round(r, features.row, in_);
+    Spread found;
+    make(RoughRow{features.row, &found});
+    features.rows.round(r, features.row, found, in_);
     if (care_.fine) {
       features.rows.rest(r, features.row, in_);
       features.rest.round(r, features.row, in_);
@@ -173,7 +164,7 @@ class Int8Product {
   }
 
  private:
-  static constexpr int64_t kScales = kOutputs * sizeof(float);  // bytes
+  static constexpr int64_t kScales = kOutputs * sizeof(float), kHead = kScales + kOutputs * sizeof(int32_t);  // bytes
 
   int64_t in_, out_, padded_in_;
   Care care_;
@@ -187,7 +178,7 @@ class Int8Product {
     }
   };
 
-  int64_t panel_size() const { return kScales + kOutputs * padded_in_; }
+  int64_t panel_size() const { return kHead + kOutputs * padded_in_; }
 
   // Of the inputs from `begin` to `end`, which rows of x have.
   void multiply_part(
@@ -202,12 +193,14 @@ class Int8Product {
   // Of the inputs from `first` on, as many as the rows have. What is computed for rows beyond `count` is nobody's.
   void multiply_rounded(const RoundedRows& rows, int64_t count, int64_t first, const int8_t* packed, float* sums, bool add) const {
     const int64_t depth = rows.step;
-    const std::vector<uint8_t> ones(depth, 1);
+    const bool all = depth == padded_in_;
+    const std::vector<uint8_t> ones(all ? 0 : depth, 1);  // a row of which sums a part of the weights
     for (int64_t panel = 0; panel < panels(); ++panel) {
-      const int8_t *scaled = packed + panel * panel_size(), *weights = scaled + kScales + first * kOutputs;
-      const float* weight_scales = reinterpret_cast<const float*>(scaled);
-      int32_t found[kRows * kOutputs], of_ones[kOutputs];  // a row of ones sums the weights
-      tile<1>(ones.data(), depth, weights, of_ones);
+      const int8_t *head = packed + panel * panel_size(), *weights = head + kHead + first * kOutputs;
+      const float* weight_scales = reinterpret_cast<const float*>(head);
+      int32_t found[kRows * kOutputs], some_sums[kOutputs];
+      if (!all) tile<1>(ones.data(), depth, weights, some_sums);
+      const int32_t* weight_sums = all ? reinterpret_cast<const int32_t*>(head + kScales) : some_sums;
       for (int64_t r = 0; r < count; r += kRows) {
         tile<kRows>(rows.values + r * depth, depth, weights, found);
         for (int64_t i = 0; i < kRows; ++i) {
@@ -216,7 +209,7 @@ class Int8Product {
           float* to = sums + (r + i) * padded_outputs() + panel * kOutputs;
 #pragma omp simd
           for (int64_t j = 0; j < kOutputs; ++j) {
-            to[j] = (add ? to[j] : 0.0f) + (found[i * kOutputs + j] - zero * of_ones[j]) * (scale * weight_scales[j]);
+            to[j] = (add ? to[j] : 0.0f) + (found[i * kOutputs + j] - zero * weight_sums[j]) * (scale * weight_scales[j]);
           }
         }
       }

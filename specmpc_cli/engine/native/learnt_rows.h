@@ -106,7 +106,7 @@ float norm_mish_row(
     int64_t dim,
     at::BFloat16* normed,
     To* y) {
-  return rough_norm_mish_row(x, shift, factors, weight, bias, dim, y, [normed](__m512 value, __mmask16 lanes, int64_t j) {
+  return rough_norm_mish_row(x, shift, factors, weight, bias, dim, y, [normed](__m512 value, __m512, __mmask16 lanes, int64_t j) {
     if (normed) store(value, lanes, normed + j);
   });
 }

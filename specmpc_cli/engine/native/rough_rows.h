@@ -18,8 +18,29 @@
 
 namespace specmpc {
 
+// The least and the greatest of some values and 0.
+struct Spread {
+  float low, high;
+  bool finite;
+};
+
+inline Spread spread(const float* x, int64_t count) {
+  constexpr uint32_t kExponent = 0x7f800000;
+  float low = 0.0f, high = 0.0f;
+  uint32_t odd = 0;
+#pragma omp simd reduction(min : low) reduction(max : high) reduction(| : odd)
+  for (int64_t k = 0; k < count; ++k) {
+    low = x[k] < low ? x[k] : low;  // std::min is not vectorised
+    high = x[k] > high ? x[k] : high;
+    odd |= (std::bit_cast<uint32_t>(x[k]) & kExponent) == kExponent;
+  }
+  return {low, high, odd == 0};
+}
+
+// That is about to be rounded to 8 bits.
 struct RoughRow {
   float* values;
+  Spread* spread;  // of these values, to be found
 };
 
 #ifdef SPECMPC_VNNI
@@ -69,10 +90,10 @@ SPECMPC_INLINED void store(__m512 value, __mmask16 lanes, at::BFloat16* to) {
 #endif
 
 // y ≈ mish(normed · weight + bias), where normed is LayerNorm's (x + shift) · factors before its weight and bias; without factors these are
-// 1. `keep` is called with vectors of normed. x is overwritten. → the inverse of the row's standard deviation.
-template <typename To, typename Keep>
+// 1. `seen` is called with vectors of normed and of y. x is overwritten. → the inverse of the row's standard deviation.
+template <typename To, typename Seen>
 SPECMPC_INLINED float rough_norm_mish_row(
-    float* x, const float* shift, const float* factors, const float* weight, const float* bias, int64_t dim, To* y, Keep keep) {
+    float* x, const float* shift, const float* factors, const float* weight, const float* bias, int64_t dim, To* y, Seen seen) {
   const float near = (x[0] + shift[0]) * (factors ? factors[0] : 1.0f);  // squares are of distances to it, so that fewer digits cancel
   __m512 sum = {}, squares = {};
   for_vectors(dim, [&](int64_t j, __mmask16 lanes) {
@@ -88,14 +109,24 @@ SPECMPC_INLINED float rough_norm_mish_row(
   const __m512 mean = _mm512_set1_ps(near + rest), scale = _mm512_set1_ps(inverse_std);
   for_vectors(dim, [&](int64_t j, __mmask16 lanes) {
     const __m512 normed = (load(x + j, lanes) - mean) * scale;
-    keep(normed, lanes, j);
-    store(rough_mish(normed * load(weight + j, lanes) + load(bias + j, lanes)), lanes, y + j);
+    const __m512 made = rough_mish(normed * load(weight + j, lanes) + load(bias + j, lanes));
+    store(made, lanes, y + j);
+    seen(normed, made, lanes, j);
   });
   return inverse_std;
 }
 
 inline void norm_mish_row(float* x, const float* shift, const float* weight, const float* bias, int64_t dim, RoughRow y) {
-  rough_norm_mish_row(x, shift, nullptr, weight, bias, dim, y.values, [](auto...) {});
+  constexpr int kNotFinite = 0x01 | 0x08 | 0x10 | 0x80;  // classes: quiet NaN, +inf, -inf, signalling NaN
+  __m512 low = {}, high = {};
+  unsigned odd = 0;
+  rough_norm_mish_row(x, shift, nullptr, weight, bias, dim, y.values, [&](__m512, __m512 made, __mmask16 lanes, int64_t) {
+    made = _mm512_maskz_mov_ps(lanes, made);
+    low = _mm512_min_ps(made, low);
+    high = _mm512_max_ps(made, high);
+    odd |= _mm512_fpclass_ps_mask(made, kNotFinite);
+  });
+  *y.spread = {_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high), odd == 0};
 }
 #ifdef __AVX512BF16__
 inline void norm_mish_row(float* x, const float* shift, const float* weight, const float* bias, int64_t dim, at::BFloat16* y) {
@@ -107,6 +138,7 @@ inline void norm_mish_row(float* x, const float* shift, const float* weight, con
 
 inline void norm_mish_row(float* x, const float* shift, const float* weight, const float* bias, int64_t dim, RoughRow y) {
   norm_mish_row(x, shift, weight, bias, dim, y.values);
+  *y.spread = spread(y.values, dim);
 }
 
 #endif
