@@ -177,10 +177,13 @@ def joined(*parts: Tensor) -> tuple[Tensor, Tensor | None]:
     """Parts of inputs side by side; or the second alone, and apart from it the first, if that is one row which all rows have in common: its
     part of a product is then computed once.
     """
-    if len(parts) == 1:
-        return parts[0], None
-    alike = parts[0].shape[:-1] == parts[1].shape[:-1]
-    return (torch.cat(parts, dim=-1), None) if alike else (parts[1], parts[0])
+    first, *others = parts
+    if not others:
+        return first, None
+    if all(other.shape[:-1] == first.shape[:-1] for other in others):
+        return torch.cat(parts, dim=-1), None
+    (own,) = others
+    return own, first
 
 
 def in_one_call(
@@ -197,7 +200,7 @@ def in_one_call(
     bf16 = torch.is_autocast_enabled("cpu")
     if rows.numel() * first.shape[-2] < _WORTH_A_CALL or not native.multiplies(torch.bfloat16 if bf16 else torch.float32):
         return None
-    flat = [part.reshape(-1, part.shape[-1]) for part in parts]
+    flat = [part.reshape(-1, part.shape[-1]).float() for part in parts]
     vectors = [vector for layer in affine for vector in layer.vectors()]
     y = mlp(flat, [layer.weight for layer in affine], vectors, ends_in=ends_in, heads=heads, mask=mask, bf16=bf16)
     return y if first.dim() == 3 else y.view(*rows, -1)

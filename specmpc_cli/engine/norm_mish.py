@@ -23,7 +23,7 @@ def norm_mish(x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, mask: Tens
     Args:
         x: [..., D], fp32 or bf16; [G, N, D] if each of G groups has its own vectors.
         shift, weight, bias: [D] or [G, D], fp32; weight and bias are LayerNorm's. The shift is a product's bias.
-        mask: as x, fp32: dropout's factors; 1 if left out. It gets no gradient.
+        mask: as x, fp32: dropout's factors; 1 if left out.
     """
     shifted = x.float() + over_rows(shift)
     if mask is not None:

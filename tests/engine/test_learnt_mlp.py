@@ -37,9 +37,12 @@ CASES = {
     "several chunks": Case(301, (64,), (96, 96)),
     "an odd number of rows in the last": Case(133, (24,), (40, 20)),
     "many rows": Case(1030, (34,), (40, 24)),
+    "many sums": Case(1030, (34,), (640, 24), stacks=2),
     "wide": Case(70, (600,), (520, 40)),
     "simnorm": Case(100, (48,), (64, 128), 8),
     "simnorm of four": Case(100, (48,), (20,), 4),
+    "simnorm of heads": Case(70, (48,), (40, 24), 8, stacks=3),
+    "mish at the end of heads": Case(70, (48,), (40, 21), -1, stacks=3),
     "mish at the end": Case(256, (24,), (72,), -1),
     "fewer outputs than lanes": Case(70, (33,), (40, 3)),
     "two parts": Case(130, (32, 6), (48, 16)),
@@ -154,6 +157,7 @@ def test_bf16_rounds_operands_and_what_is_kept(name: str) -> None:
     expected.backward(slope.double())
     assert out.dtype is torch.float32 and error(out.detach(), expected.detach()) < 4e-3
     for mine, exact in zip(some.leaves(), twin.leaves(), strict=True):
+        assert (mine.grad is None) == (exact.grad is None)
         if mine.grad is not None and exact.grad is not None:
             assert error(mine.grad, exact.grad) < 2e-2
             assert (mine.grad - exact.grad).norm() < 6e-3 * exact.grad.norm()
@@ -180,6 +184,57 @@ def test_without_gradients_nothing_is_kept() -> None:
     assert sizes[0] == 0 < sizes[1] < sizes[2]
     with torch.no_grad():
         torch.testing.assert_close(some.ours(), some.doubled().formula().float(), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("learning", ["vectors", "the last weight", "parts"])
+def test_what_learns_gets_a_gradient_whatever_does_not(learning: str) -> None:
+    some = given("odd sizes")
+    chosen = {"vectors": some.vectors, "the last weight": some.weights[-1:], "parts": some.parts}[learning]
+    for leaf in some.leaves():
+        leaf.requires_grad_(any(leaf is one for one in chosen))
+    twin = some.doubled()
+    for one in (some.ours(), twin.formula()):
+        one.square().sum().backward()
+    for mine, exact in zip(some.leaves(), twin.leaves(), strict=True):
+        assert (mine.grad is None) == (exact.grad is None)
+        if mine.grad is not None and exact.grad is not None:
+            assert error(mine.grad, exact.grad) < 2e-6
+
+
+def test_nothing_needs_to_lie_side_by_side() -> None:
+    """Inputs, weights, dropout's factors and gradients of any strides."""
+    some = given("heads with dropout")
+    assert some.mask is not None
+
+    def strided(x: Tensor) -> Tensor:
+        return torch.stack([x.detach(), torch.full_like(x, torch.nan)], -1)[..., 0].requires_grad_(x.requires_grad)
+
+    apart = Given([*map(strided, some.parts)], [*map(strided, some.weights)], [*map(strided, some.vectors)], 0, None, strided(some.mask))
+    assert not any(tensor.is_contiguous() for tensor in apart.leaves())
+    slope = torch.randn(5, 1, 101).expand(-1, 130, -1)
+    for one in (some, apart):
+        one.ours().backward(slope)
+    for mine, theirs in zip(some.leaves(), apart.leaves(), strict=True):
+        assert mine.grad is not None and theirs.grad is not None and torch.equal(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_nothing_stale_is_read(bf16: bool) -> None:
+    """What an earlier call left in memory, in rows and features beyond those given, does not matter."""
+
+    def found() -> list[Tensor]:
+        some = given("odd sizes")
+        out = some.ours(bf16)
+        out.square().sum().backward()
+        return [out, *(leaf.grad for leaf in some.leaves() if leaf.grad is not None)]
+
+    before = found()
+    for left in (torch.nan, 1e6):
+        larger = given("wide")
+        with torch.no_grad():
+            larger.parts[0].fill_(left)
+        larger.ours(bf16).sum().backward()
+        assert all(torch.equal(one, other) for one, other in zip(before, found(), strict=True))
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -219,8 +274,10 @@ def test_far_tails_of_mish(bf16: bool) -> None:
         vectors = [torch.zeros(64), torch.full((64,), scale), torch.zeros(64)]
         some = Given([x], [torch.eye(64)], vectors, -1, None, None)
         torch.testing.assert_close(some.ours(bf16), some.formula(bf16), rtol=1e-3 if bf16 else 3e-6, atol=1e-3 if bf16 else 3e-6)
-        (slope,) = torch.autograd.grad(some.ours(bf16).sum(), x)
-        assert slope.isfinite().all()
+        bias = [one.clone().requires_grad_() for one in (vectors[2], vectors[2])]  # it gets Mish's slope
+        for one, function in zip(bias, (Given.ours, Given.formula), strict=True):
+            function(replace(some, vectors=[*vectors[:2], one]), bf16).sum().backward()
+        torch.testing.assert_close(bias[0].grad, bias[1].grad, rtol=5e-3 if bf16 else 1e-5, atol=0.2 if bf16 else 1e-4)  # of 64 rows
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -240,13 +297,26 @@ def test_what_does_not_fit_is_refused() -> None:
         "for each feature": replace(some, mask=mask.double()),
         "head 3 of 3": replace(some, heads=torch.tensor([3])),
         "heads are int64": replace(some, heads=torch.tensor([1.0])),
+        "heads of weights that have none": replace(given("two parts"), heads=torch.tensor([0, 0])),
+        "inputs are fp32 [N": replace(some, parts=[part[:0] for part in some.parts]),
+        "not groups of -7": replace(some, ends_in=-7),
     }
     for message, case in wrong.items():
         with pytest.raises(RuntimeError) as raised, torch.no_grad():
             case.ours()
         assert message in str(raised.value)
     with pytest.raises(RuntimeError, match="picked heads do not learn"):
-        replace(some, heads=torch.tensor([0])).ours().sum().backward()
+        replace(some, heads=torch.tensor([0])).ours()
+
+
+def test_gradients_of_another_call_are_refused() -> None:
+    some = given("two parts")
+    settings = (None, None, 0, False)
+    lists = [[tensor.detach() for tensor in tensors] for tensors in (some.parts, some.weights, some.vectors)]
+    y, kept = torch.ops.specmpc.mlp(*lists, *settings, 2)
+    for grad, made, seen, keep in ((y, y, kept, 1), (y, y, kept, 0), (y, y[:5], kept, 2), (y[:5], y[:5], kept, 2), (y, y, kept[1:], 2)):
+        with pytest.raises(RuntimeError, match="mlp_backward"):
+            torch.ops.specmpc.mlp_backward(grad, made, seen, *lists, *settings, keep, [True, True])
 
 
 def test_compiled_code_calls_it_where_there_is_enough_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

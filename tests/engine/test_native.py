@@ -280,7 +280,9 @@ def test_weights_for_other_groups_are_refused() -> None:
 
 @pytest.mark.compiler
 @pytest.mark.parametrize(
-    "flags", ["-mamx-tile -mamx-bf16", "-mno-amx-bf16 -mno-avx512bf16 -mno-avx512vnni"], ids=["with tiles", "with neither bf16 nor int8"]
+    "flags",
+    ["-mamx-tile -mamx-bf16", "-mno-amx-bf16 -mno-avx512bf16 -mno-avx512vnni", "-mno-avx512f", "-mno-avx"],
+    ids=["with tiles", "with neither bf16 nor int8", "with AVX2", "with SSE"],
 )
 def test_kernels_of_other_processors_compute_the_same(flags: str, tmp_path: Path) -> None:
     """Built for tiles that this machine may refuse, or without such instructions at all: other blocks of rows and inputs, another way."""
@@ -290,7 +292,7 @@ def test_kernels_of_other_processors_compute_the_same(flags: str, tmp_path: Path
     compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" {flags}\n')
     compiler.chmod(0o755)
     in_test_native = "one_call_is or operands_only or any_size or not_finite or far_from or rounded_once or to_the_bit or stale"
-    chosen = ["-k", f"{in_test_native} or values_and_gradients or bf16_rounds"]
+    chosen = ["-k", f"{in_test_native} or values_and_gradients or bf16_rounds or far_tails or side_by_side or threads"]
     files = [__file__, str(Path(__file__).with_name("test_learnt_mlp.py"))]
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *chosen, *files]
     run = subprocess.run(command, env={**os.environ, "CXX": str(compiler)}, capture_output=True, text=True)

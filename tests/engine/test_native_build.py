@@ -62,6 +62,12 @@ def test_where_it_cannot_be_built_the_formula_is_computed_and_the_reason_told(
     assert not list(unbuilt.iterdir())
 
 
+@pytest.mark.compiler
+def test_compiled_code_is_kept_for_this_build_alone() -> None:
+    """Another build keeps other sizes for gradients, which the compiler's cache would take for the same."""
+    assert native.built() and torch.compiler.config.cache_key_tag == native._build().stem
+
+
 def test_a_damaged_library_is_built_anew(unbuilt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[Path] = []
 

@@ -70,6 +70,8 @@ def _load() -> str | None:
         except OSError:  # damaged, or built where other system libraries are
             library.unlink()
             torch.ops.load_library(_build())
+        # Compiled code holds sizes of what the kernels keep, which differ from one build to another.
+        torch.compiler.config.cache_key_tag = library.stem
     except (OSError, subprocess.SubprocessError) as error:
         return _reason(error)
     torch.library.register_fake("specmpc::fused_mlp", _fused_mlp_like)
@@ -113,7 +115,7 @@ def _build() -> Path:
     if "__x86_64__" in described and "__clang__" not in described:
         flags.append("--param=avoid-fma-max-bits=0")  # or a row that is alone in its tile would round otherwise than the others
     flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
-    sources = [path.read_text(encoding="utf-8") for path in sorted([*_SOURCES.glob("*.h"), *_SOURCES.glob("*.cpp")])]
+    sources = [path.read_text(encoding="utf-8") for path in sorted(_SOURCES.iterdir()) if path.suffix in (".h", ".cpp", ".py")]
     key = hashlib.sha256("\0".join([*sources, described, *flags, torch.__version__, *platform.libc_ver()]).encode()).hexdigest()[:16]
     library = use_compile_cache() / f"specmpc-{key}.so"
     if not library.exists():

@@ -61,6 +61,7 @@ class Bf16Product {
   template <typename Input>
   void pack(const Input* weight, int64_t step, int64_t panel, at::BFloat16* packed) const {
     constexpr int64_t kSome = 32;  // inputs of each output in turn: what is written meanwhile stays in the first cache
+    static_assert(kSome == kOutputs, "pairs_of writes so many");
     const int64_t real = std::min(kOutputs, out_ - panel * kOutputs);
     Pair* to = reinterpret_cast<Pair*>(packed + panel * kOutputs * padded_in_);
     if (real < kOutputs || in_ < padded_in_) std::fill_n(to, kOutputs * padded_in_ / 2, Pair{0});

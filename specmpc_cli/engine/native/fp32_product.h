@@ -57,7 +57,12 @@ class Fp32Product {
           float* to = sums + r * padded_outputs() + first;
           const float* rows = x + r * step + (from - skipped);
           const auto at = [rows, step](int64_t row, int64_t k) { return rows[row * step + k]; };
-          tile_of(width, std::min(kRows, count - r), at, depth, weights, to, padded_outputs(), from > skipped);
+          const int64_t some = std::min(kRows, count - r);
+          if (width == kOutputs) {
+            tile_of<kVectors>(some, at, depth, weights, to, padded_outputs(), from > skipped);
+          } else {
+            tile_of<1>(some, at, depth, weights, to, padded_outputs(), from > skipped);
+          }
         }
       }
     }
@@ -103,9 +108,13 @@ class Fp32Product {
   // `add`: to what is there.
   static void over_rows(
       const float* left, const float* right, int64_t width, int64_t from, int64_t end, float* sums, int64_t step, bool add) {
-    const float* tile = left + from * kRows;
-    const auto at = [tile](int64_t row, int64_t k) { return tile[k * kRows + row]; };
-    tile_of(width, kRows, at, end - from, right + from * width, sums, step, add);
+    const float* first = left + from * kRows;
+    const auto at = [first](int64_t row, int64_t k) { return first[k * kRows + row]; };
+    if (width == kOutputs) {
+      tile<kVectors, kRows>(at, end - from, right + from * width, sums, step, add);
+    } else {
+      tile<1, kRows>(at, end - from, right + from * width, sums, step, add);
+    }
   }
 
  private:
@@ -116,21 +125,17 @@ class Fp32Product {
 
   int64_t panel_width(int64_t panel) const { return std::min(kOutputs, padded_outputs() - panel * kOutputs); }
 
-  // A tile of `rows` rows and one or kVectors vectors of outputs; `at` has a row's input. → sums, rows `step` apart.
-  template <typename At>
-  static void tile_of(int64_t width, int64_t rows, At at, int64_t depth, const float* weights, float* sums, int64_t step, bool add) {
-    if (width == kOutputs) {
-      sized_tile<kVectors>(rows, at, depth, weights, sums, step, add);
-    } else {
-      sized_tile<1>(rows, at, depth, weights, sums, step, add);
+  // A tile of up to kRows rows and V vectors of outputs; `at` has a row's input. → sums, rows `step` apart.
+  template <int V, int R = kRows, typename At>
+  static void tile_of(int64_t rows, At at, int64_t depth, const float* weights, float* sums, int64_t step, bool add) {
+    if constexpr (R > 1) {
+      if (rows < R) return tile_of<V, R - 1>(rows, at, depth, weights, sums, step, add);
     }
+    tile<V, R>(at, depth, weights, sums, step, add);
   }
 
-  template <int V, int R = kRows, typename At>
-  static void sized_tile(int64_t rows, At at, int64_t depth, const float* weights, float* sums, int64_t step, bool add) {
-    if constexpr (R > 1) {
-      if (rows < R) return sized_tile<V, R - 1>(rows, at, depth, weights, sums, step, add);
-    }
+  template <int V, int R, typename At>
+  static void tile(At at, int64_t depth, const float* weights, float* sums, int64_t step, bool add) {
     Vector sum[R][V] = {};
 #pragma GCC unroll 2
     for (int64_t k = 0; k < depth; ++k) {

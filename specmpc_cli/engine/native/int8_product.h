@@ -104,8 +104,8 @@ class Int8Product {
   int64_t panels() const { return padded_outputs() / kOutputs; }
   int64_t packed_size() const { return panels() * panel_size(); }
 
-  // A panel has its outputs' scales, the sums of their weights, and then, for each four inputs, the fours of all outputs: four inputs are what
-  // an instruction takes.
+  // A panel has its outputs' scales, the sums of their weights, and then, for each four inputs, the fours of all outputs: four inputs are
+  // what an instruction takes.
   void pack(const float* weight, int64_t step, int64_t panel, int8_t* packed) const {
     int8_t* to = packed + panel * panel_size();
     std::fill_n(to, panel_size(), int8_t{0});

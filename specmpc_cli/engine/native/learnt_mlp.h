@@ -7,14 +7,12 @@
 
 #include "fused_mlp.h"
 #include "learnt_rows.h"
+#include "learnt_sizes.h"
 #include "products_over_rows.h"
 
 #include <ATen/ops/zeros.h>
 
 namespace specmpc {
-
-// What a forward pass keeps: what gradients of the inputs need, or of the weights, too.
-enum class Keep : int64_t { kNothing, kForInputs, kForWeights };
 
 // What the layers are made of, for each group of rows: the same for all, or a head of E.
 struct Parameters {
@@ -22,8 +20,12 @@ struct Parameters {
   std::vector<PerGroup> vectors;  // of each layer its bias and, where it has a norm, LayerNorm's weight and bias: [out] or [E, out]
   std::vector<int64_t> heads;  // of each group
 
-  const float* weight(int64_t layer, int64_t group, int64_t row = 0) const { return weights[layer].of<float>(heads[group], row); }
-  const float* vector(int64_t index, int64_t group) const { return vectors[index].of(heads[group]); }
+  const float* weight(const LearntLayer& layer, int64_t group, int64_t row = 0) const {
+    return weights[layer.number].of<float>(heads[group], row);
+  }
+  const float* vector(const LearntLayer& layer, int64_t which, int64_t group) const {
+    return vectors[layer.vectors + which].of(heads[group]);
+  }
 };
 
 // Some features of the inputs [N, I], and the gradient that they get, if one is wanted.
@@ -32,317 +34,91 @@ struct Part {
   std::optional<Rows> gradient;
 };
 
-// Products are computed in the type that `Product` multiplies, of which features and what is kept are; all else is fp32.
+// What both passes are given.
+struct LearntInputs {
+  std::vector<Part> parts;
+  Parameters given;
+  std::optional<Rows> mask;  // [G, N, D]: dropout's factors in the first layer
+};
+
+// Some rows of a group.
+struct Block {
+  int64_t group, first, count;
+};
+
+// Products are computed in the type that `Product` multiplies; features and what is kept are of it, and all else is fp32.
 template <typename Product>
 class LearntMlp {
  public:
   using Feature = typename Product::Weight;
+  using Sizes = LearntSizes<Product>;
 
-  // `softmax_size`: SimNorm's in the last layer; 0 if that is plain; -1 if it ends as the others do, with LayerNorm and Mish.
-  LearntMlp(at::IntArrayRef dims, int64_t rows, int64_t groups, int64_t softmax_size, Keep keep)
-      : rows_(rows), depth_(round_up(rows, Product::kInputs)), groups_(groups), softmax_size_(softmax_size), keep_(keep) {
-    for (size_t l = 0; l + 1 < dims.size(); ++l) {
-      const bool last = l + 2 == dims.size();
-      Layer layer{dims[l], dims[l + 1], last, !last || softmax_size != 0};
-      layer.vectors = vectors_;
-      layer.sums = sums_;
-      vectors_ += layer.normed ? 3 : 1;
-      sums_ += layer.out * (layer.normed ? 3 : 1);
-      widest_ = std::max({widest_, padded(layer.in), forth(layer).padded_outputs(), padded(layer.out), back(layer).padded_outputs()});
-      layers_.push_back(layer);
-    }
-    // Packed inputs come first, because they are whole cache lines.
-    for (Layer& layer : layers_) {
-      if (keep == Keep::kForWeights) layer.inputs = take((layer.vectors ? groups : 1) * Product::right_size(layer.in, depth_) * sizeof(Feature));
-    }
-    for (Layer& layer : layers_) {
-      if (keep != Keep::kNothing && layer.normed) layer.kept = take(groups * rows * layer.out * sizeof(Feature));
-    }
-    gap_ = round_up(kept_, sizeof(float)) - kept_;
-    kept_ += gap_;
-    for (Layer& layer : layers_) {
-      if (keep != Keep::kNothing && layer.normed) layer.inverse_stds = take(groups * rows * sizeof(float));
-    }
-  }
+  LearntMlp(const Sizes& sizes, const LearntInputs& inputs, uint8_t* kept)
+      : sizes_(sizes), parts_(inputs.parts), given_(inputs.given), mask_(inputs.mask), kept_(kept), wanted_(wanted_columns(inputs.parts)) {}
 
-  int64_t kept_bytes() const { return kept_; }
-  int64_t vectors() const { return vectors_; }
-
-  // mask [G, N, D]: dropout's factors in the first layer. → y [G, N, out], and what is kept.
-  void forward(
-      const std::vector<Part>& parts, const Parameters& given, const std::optional<Rows>& mask, const Rows& y, uint8_t* kept) const {
-    const at::Tensor packed = packed_forth(given);
-    if (gap_) std::memset(kept + layers_[0].inverse_stds - gap_, 0, gap_);
-    for_chunks(groups_, [&](int64_t group, int64_t first, int64_t count) {
-      static thread_local Scratch<Feature> features_scratch;
-      static thread_local Scratch<float> sums_scratch;
-      Feature* features = features_scratch.at_least(chunk_rows() * widest_);
-      float* sums = sums_scratch.at_least(chunk_rows() * widest_);
-      const Feature* weight = packed.const_data_ptr<Feature>() + group * packed.size(1);
-      gather(parts, first, count, padded(layers_[0].in), features);
-      for (size_t l = 0; l < layers_.size(); ++l) {
-        const Layer& layer = layers_[l];
-        const int64_t width = padded(layer.in), next = padded(layer.out);
-        clear_behind(features, width, count, layer.in);
-        if (keep_ == Keep::kForWeights && (l || group == 0)) {
-          Feature* to = inputs(kept, layer, group);
-          Product::pack_right(features, width, count, layer.in, first, depth_, to);
-        }
-        const Product product = forth(layer);
-        product.multiply(features, width, round_up(count, Product::kRows), 0, weight, sums);
-        for (int64_t r = 0; r < count; ++r) {
-          const float* factors = l == 0 && mask ? mask->of<float>(group, first + r) : nullptr;
-          float *row = sums + r * product.padded_outputs(), *to = y.of<float>(group, first + r);
-          end_row(layer, group, first + r, given, factors, row, features + r * next, to, kept);
-        }
-        weight += product.packed_size();
-      }
+  // → y [G, N, out], and what is kept.
+  void forward(const Rows& y) const {
+    const at::Tensor packed = packed_forth();
+    const int64_t chunks = sizes_.chunks();
+    at::parallel_for(0, sizes_.groups * chunks, 1, [&](int64_t begin, int64_t end) {
+      for_runs(begin, end, chunks, [&](int64_t group, int64_t first, int64_t some) {
+        const Feature* weight = packed.const_data_ptr<Feature>() + group * packed.size(1);
+        for (int64_t chunk = first; chunk < first + some; ++chunk) forward(block(group, chunk), weight, y);
+      });
     });
   }
 
-  // grad [G, N, out], and y as it was made → gradients of parts that want one; with Keep::kForWeights also of weights and vectors, each as
-  // large as what it is of.
+  // grad [G, N, out], and y as it was made → gradients of parts that want one; with Keep::kForParameters also of weights and vectors, each
+  // as large as what it is of.
   void backward(
-      const Rows& grad,
-      const Rows& y,
-      const std::vector<Part>& parts,
-      const Parameters& given,
-      const std::optional<Rows>& mask,
-      uint8_t* kept,
-      const std::vector<at::Tensor>& weight_grads,
-      const std::vector<at::Tensor>& vector_grads) const {
-    const Columns wanted = wanted_columns(parts);
-    const at::Tensor packed = packed_back(given, wanted);
-    const bool learns = keep_ == Keep::kForWeights;
-    const int64_t chunks = (rows_ + chunk_rows() - 1) / chunk_rows();
-    const auto floats = at::TensorOptions(at::kFloat);
-    const at::Tensor lefts = at::empty({learns ? left_offset(layers_.size()) : 0}, packed.options());
-    // Of each chunk's rows apart, so that they do not depend on the number of threads.
-    const at::Tensor sums = at::zeros({chunks, groups_, sums_}, floats);
+      const Rows& grad, const Rows& y, const std::vector<at::Tensor>& weight_grads, const std::vector<at::Tensor>& vector_grads) const {
+    const at::Tensor packed = packed_back();
+    const bool learns = sizes_.keep == Keep::kForParameters;
+    const int64_t chunks = sizes_.chunks();
+    const at::Tensor lefts = at::empty({learns ? left_offset(sizes_.layers.size()) : 0}, packed.options());
+    const at::Tensor sums = at::zeros({chunks, sizes_.groups, sizes_.sums}, at::TensorOptions(at::kFloat));  // of each chunk apart
     at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t group = 0; group < groups_; ++group) {  // outside, so that its weights stay in a near cache
+      for (int64_t group = 0; group < sizes_.groups; ++group) {  // outside, so that its weights stay in a near cache
         const Feature* weight = packed.const_data_ptr<Feature>() + group * packed.size(1);
         Feature* left = learns ? lefts.mutable_data_ptr<Feature>() : nullptr;
         for (int64_t chunk = begin; chunk < end; ++chunk) {
-          const int64_t first = chunk * chunk_rows(), count = std::min(chunk_rows(), rows_ - first);
-          float* chunk_sums = sums.mutable_data_ptr<float>() + (chunk * groups_ + group) * sums_;
-          back_rows(grad, y, parts, given, mask, kept, wanted, weight, group, first, count, chunk_sums, left);
+          float* chunk_sums = sums.mutable_data_ptr<float>() + (chunk * sizes_.groups + group) * sizes_.sums;
+          backward(block(group, chunk), weight, grad, y, chunk_sums, left);
         }
       }
     });
     if (!learns) return;
     std::vector<OverRows<Product>> products;
-    for (size_t l = 0; l < layers_.size(); ++l) {
-      const auto [in, out] = std::pair(layers_[l].in, layers_[l].out);
-      for (int64_t group = 0; group < groups_; ++group) {
-        const Feature* left = lefts.const_data_ptr<Feature>() + left_offset(l) + group * Product::left_size(out, depth_);
-        float* gradient = weight_grads[l].mutable_data_ptr<float>() + group * out * in;
-        products.push_back({left, inputs(kept, layers_[l], group), out, in, gradient});
+    for (const LearntLayer& layer : sizes_.layers) {
+      for (int64_t group = 0; group < sizes_.groups; ++group) {
+        float* gradient = weight_grads[layer.number].template mutable_data_ptr<float>() + group * layer.out * layer.in;
+        const Feature* left = packed_left(lefts.mutable_data_ptr<Feature>(), layer, group);
+        products.push_back({left, sizes_.inputs(kept_, layer, group), layer.out, layer.in, gradient});
       }
     }
-    multiply_over_rows(products, depth_);
-    const at::Tensor total = sums.sum(0);  // [G, sums]
-    for (const Layer& layer : layers_) {
-      for (int64_t v = 0; v < (layer.normed ? 3 : 1); ++v) {
-        const at::Tensor of_groups = total.narrow(1, layer.sums + v * layer.out, layer.out);
+    multiply_over_rows(products, sizes_.depth);
+    float* all = sums.mutable_data_ptr<float>();
+    const int64_t size = sizes_.groups * sizes_.sums;
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) {  // in this order
+#pragma omp simd
+      for (int64_t j = 0; j < size; ++j) all[j] += all[chunk * size + j];
+    }
+    const at::Tensor total = sums.select(0, 0);  // [G, sums]
+    for (const LearntLayer& layer : sizes_.layers) {
+      for (int64_t v = 0; v < layer.own_vectors(); ++v) {
         const at::Tensor& to = vector_grads[layer.vectors + v];
-        to.copy_(of_groups.view_as(to.dim() == 2 ? of_groups : to));
+        to.copy_(total.narrow(1, layer.sums + v * layer.out, layer.out).view_as(to));
       }
     }
   }
 
  private:
-  struct Layer {
-    int64_t in, out;
-    bool last, normed;
-    int64_t vectors = 0, sums = 0;  // where its vectors begin: among all vectors, and among all their elements
-    int64_t inputs = 0, kept = 0, inverse_stds = 0;  // where what is kept of it begins, in bytes
-  };
-  // Of the inputs, from the first to the last whose gradient is wanted.
-  struct Columns {
-    int64_t first, count;
-  };
-
-  int64_t rows_, depth_, groups_, softmax_size_;
-  Keep keep_;
-  std::vector<Layer> layers_;
-  int64_t vectors_ = 0, sums_ = 0, widest_ = 0, kept_ = 0, gap_ = 0;
-
-  int64_t take(int64_t bytes) {
-    kept_ += bytes;
-    return kept_ - bytes;
-  }
-
-  static int64_t padded(int64_t dim) { return round_up(dim, Product::kInputs); }
-  static Product forth(const Layer& layer) { return {padded(layer.in), layer.out}; }
-  static Product back(const Layer& layer) { return {padded(layer.out), layer.in}; }
-  static Product back(const Layer& layer, const Columns& wanted) {
-    return {padded(layer.out), wanted.count};
-  }
-
-  Feature* inputs(uint8_t* kept, const Layer& layer, int64_t group) const {
-    const bool shared = &layer == &layers_[0];  // by all groups
-    return reinterpret_cast<Feature*>(kept + layer.inputs) + (shared ? 0 : group) * Product::right_size(layer.in, depth_);
-  }
-  Feature* normed(uint8_t* kept, const Layer& layer, int64_t group, int64_t row) const {
-    return reinterpret_cast<Feature*>(kept + layer.kept) + (group * rows_ + row) * layer.out;
-  }
-  float* inverse_std(uint8_t* kept, const Layer& layer, int64_t group, int64_t row) const {
-    return reinterpret_cast<float*>(kept + layer.inverse_stds) + group * rows_ + row;
-  }
-
-  static int64_t chunk_rows() {
-    constexpr int64_t kSome = 64;
-    return round_up(kSome, Product::kRows * Product::kInputs / std::gcd(Product::kRows, Product::kInputs));
-  }
-
-  // Calls with a group, a chunk's first row and how many it has.
-  template <typename Call>
-  void for_chunks(int64_t groups, Call call) const {
-    const int64_t chunks = (rows_ + chunk_rows() - 1) / chunk_rows();
-    at::parallel_for(0, groups * chunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t first = unit % chunks * chunk_rows();
-        call(unit / chunks, first, std::min(chunk_rows(), rows_ - first));
-      }
-    });
-  }
-
-  // The parts' features side by side, `width` from one row to the next.
-  static void gather(const std::vector<Part>& parts, int64_t first, int64_t count, int64_t width, Feature* to) {
-    for (int64_t r = 0; r < count; ++r) {
-      int64_t column = r * width;
-      for (const Part& part : parts) {
-        convert(part.values.template of<float>(0, first + r), part.values.dim, to + column);
-        column += part.values.dim;
-      }
-    }
-  }
-
-  // Zeros behind `dim` features of each row, and in the rows that a product takes beyond `count`.
-  static void clear_behind(Feature* rows, int64_t width, int64_t count, int64_t dim) {
-    for (int64_t r = 0; width > dim && r < count; ++r) std::fill(rows + r * width + dim, rows + (r + 1) * width, Feature(0.0f));
-    std::fill(rows + count * width, rows + round_up(count, Product::kRows) * width, Feature(0.0f));
-  }
-
-  // A row of a layer's sums, which are overwritten → the next layer's features, or y.
-  void end_row(
-      const Layer& layer,
-      int64_t group,
-      int64_t row,
-      const Parameters& given,
-      const float* factors,
-      float* sums,
-      Feature* features,
-      float* y,
-      uint8_t* kept) const {
-    const float* shift = given.vector(layer.vectors, group);
-    if (!layer.normed) {
-#pragma omp simd
-      for (int64_t j = 0; j < layer.out; ++j) y[j] = sums[j] + shift[j];
-      return;
-    }
-    const float *weight = given.vector(layer.vectors + 1, group), *bias = given.vector(layer.vectors + 2, group);
-    Feature* to = keep_ == Keep::kNothing ? nullptr : normed(kept, layer, group, row);
-    float inverse;
-    if (layer.last && softmax_size_ > 0) {
-      inverse = normalise_row(sums, shift, factors, layer.out);
-      if (to) convert(sums, layer.out, to);
-#pragma omp simd
-      for (int64_t j = 0; j < layer.out; ++j) sums[j] = sums[j] * weight[j] + bias[j];
-      softmax_row(sums, layer.out, softmax_size_, y);
-    } else if (layer.last) {
-      inverse = norm_mish_row(sums, shift, factors, weight, bias, layer.out, to, y);
-    } else {
-      inverse = norm_mish_row(sums, shift, factors, weight, bias, layer.out, to, features);
-    }
-    if (to) *inverse_std(kept, layer, group, row) = inverse;
-  }
-
-  // Some rows of a group backwards through all layers. `left`: where to pack the gradients of sums.
-  void back_rows(
-      const Rows& grad,
-      const Rows& y,
-      const std::vector<Part>& parts,
-      const Parameters& given,
-      const std::optional<Rows>& mask,
-      uint8_t* kept,
-      const Columns& wanted,
-      const Feature* weight,
-      int64_t group,
-      int64_t first,
-      int64_t count,
-      float* sums,
-      Feature* left) const {
-    static thread_local Scratch<Feature> scratch;
-    static thread_local Scratch<float> slopes_scratch;
-    Feature* features = scratch.at_least(chunk_rows() * widest_);
-    float* slopes = slopes_scratch.at_least(chunk_rows() * widest_);  // of what a layer made, then of its sums
-    int64_t step = layers_.back().out;
-    for (int64_t r = 0; r < count; ++r) std::copy_n(grad.of<float>(group, first + r), step, slopes + r * step);
-    for (size_t l = layers_.size(); l-- > 0;) {
-      const Layer& layer = layers_[l];
-      const int64_t width = padded(layer.out);
-      const RowSums of_vectors{sums + layer.sums, sums + layer.sums + layer.out, sums + layer.sums + 2 * layer.out};
-      for (int64_t r = 0; r < count; ++r) {
-        const float* factors = l == 0 && mask ? mask->of<float>(group, first + r) : nullptr;
-        float* slope = slopes + r * step;
-        if (layer.last && softmax_size_ > 0) softmax_slope_row(slope, y.of<float>(group, first + r), layer.out, softmax_size_);
-        back_row(layer, group, first + r, given, factors, slope, of_vectors, features + r * width, kept);
-      }
-      clear_behind(features, width, count, layer.out);
-      if (left) {
-        Feature* to = left + left_offset(l) + group * Product::left_size(layer.out, depth_);
-        Product::pack_left(features, width, count, layer.out, first, depth_, to);
-      }
-      if (l == 0 && wanted.count == 0) return;
-      const Product product = l ? back(layer) : back(layer, wanted);
-      step = product.padded_outputs();
-      product.multiply(features, width, round_up(count, Product::kRows), 0, weight, slopes);
-      weight += product.packed_size();
-    }
-    scatter(parts, wanted, first, count, slopes, step, group > 0);
-  }
-
-  // From the gradient of a row that a layer made, but for a softmax, which is overwritten → that of its sums.
-  void back_row(
-      const Layer& layer,
-      int64_t group,
-      int64_t row,
-      const Parameters& given,
-      const float* factors,
-      float* slope,
-      const RowSums& sums,
-      Feature* gradient,
-      uint8_t* kept) const {
-    if (!layer.normed) {
-#pragma omp simd
-      for (int64_t j = 0; j < layer.out; ++j) sums.shift[j] += slope[j];
-      return convert(slope, layer.out, gradient);
-    }
-    const float *weight = given.vector(layer.vectors + 1, group), *bias = given.vector(layer.vectors + 2, group);
-    const Feature* x = normed(kept, layer, group, row);
-    const float inverse = *inverse_std(kept, layer, group, row);
-    if (layer.last && softmax_size_ > 0) {
-      denormalise_row(slope, x, inverse, weight, bias, factors, layer.out, sums, gradient, NoSlope());
-    } else {
-      denormalise_row(slope, x, inverse, weight, bias, factors, layer.out, sums, gradient, MishSlope());
-    }
-  }
-
-  static void scatter(
-      const std::vector<Part>& parts, const Columns& wanted, int64_t first, int64_t count, const float* slopes, int64_t step, bool add) {
-    int64_t column = -wanted.first;
-    for (const Part& part : parts) {
-      for (int64_t r = 0; part.gradient && r < count; ++r) {
-        const float* from = slopes + r * step + column;
-        float* to = part.gradient->template of<float>(0, first + r);
-#pragma omp simd
-        for (int64_t j = 0; j < part.values.dim; ++j) to[j] = add ? to[j] + from[j] : from[j];
-      }
-      column += part.values.dim;
-    }
-  }
+  Sizes sizes_;
+  const std::vector<Part>& parts_;
+  const Parameters& given_;
+  const std::optional<Rows>& mask_;
+  uint8_t* kept_;
+  Columns wanted_;
 
   static Columns wanted_columns(const std::vector<Part>& parts) {
     int64_t first = -1, end = 0, column = 0;
@@ -354,54 +130,197 @@ class LearntMlp {
     return first < 0 ? Columns{0, 0} : Columns{first, end - first};
   }
 
+  Block block(int64_t group, int64_t chunk) const {
+    const int64_t first = chunk * Sizes::chunk_rows();
+    return {group, first, std::min(Sizes::chunk_rows(), sizes_.rows - first)};
+  }
+  const float* factors(const LearntLayer& layer, int64_t group, int64_t row) const {
+    return layer.number == 0 && mask_ ? mask_->of<float>(group, row) : nullptr;
+  }
+  // Of which a layer's gradient is computed.
+  Columns columns(const LearntLayer& layer) const { return layer.number ? Columns{0, layer.in} : wanted_; }
+
+  // Rows through all layers.
+  void forward(const Block& rows, const Feature* weight, const Rows& y) const {
+    static thread_local Scratch<Feature> features_scratch;
+    static thread_local Scratch<float> sums_scratch;
+    Feature* features = features_scratch.at_least(Sizes::chunk_rows() * sizes_.widest);
+    float* sums = sums_scratch.at_least(Sizes::chunk_rows() * sizes_.widest);
+    gather(rows, features);
+    for (const LearntLayer& layer : sizes_.layers) {
+      const int64_t width = Sizes::padded(layer.in), next = Sizes::padded(layer.out);
+      clear_behind(features, width, rows.count, layer.in);
+      if (sizes_.keep == Keep::kForParameters && (layer.number || rows.group == 0)) {
+        Feature* to = sizes_.inputs(kept_, layer, rows.group);
+        Product::pack_right(features, width, rows.count, layer.in, rows.first, sizes_.depth, to);
+      }
+      const Product product = Sizes::forth(layer);
+      product.multiply(features, width, round_up(rows.count, Product::kRows), 0, weight, sums);
+      for (int64_t r = 0; r < rows.count; ++r) {
+        float* made = y.of<float>(rows.group, rows.first + r);
+        end_row(layer, rows.group, rows.first + r, sums + r * product.padded_outputs(), features + r * next, made);
+      }
+      weight += product.packed_size();
+    }
+  }
+
+  // The parts' features side by side.
+  void gather(const Block& rows, Feature* to) const {
+    const int64_t width = Sizes::padded(sizes_.layers[0].in);
+    for (int64_t r = 0; r < rows.count; ++r) {
+      int64_t column = r * width;
+      for (const Part& part : parts_) {
+        convert(part.values.template of<float>(0, rows.first + r), part.values.dim, to + column);
+        column += part.values.dim;
+      }
+    }
+  }
+
+  // Zeros behind `dim` features of each row, and in the rows that a product takes beyond `count`.
+  static void clear_behind(Feature* rows, int64_t width, int64_t count, int64_t dim) {
+    for (int64_t r = 0; width > dim && r < count; ++r) std::fill(rows + r * width + dim, rows + (r + 1) * width, Feature(0.0f));
+    std::fill(rows + count * width, rows + round_up(count, Product::kRows) * width, Feature(0.0f));
+  }
+
+  // A row of a layer's sums, which are overwritten → the next layer's features; or y, after the last.
+  void end_row(const LearntLayer& layer, int64_t group, int64_t row, float* sums, Feature* features, float* y) const {
+    const float* shift = given_.vector(layer, 0, group);
+    if (!layer.normed) {
+#pragma omp simd
+      for (int64_t j = 0; j < layer.out; ++j) y[j] = sums[j] + shift[j];
+      return;
+    }
+    const Norm norm{shift, factors(layer, group, row), given_.vector(layer, 1, group), given_.vector(layer, 2, group), layer.out};
+    Feature* kept = sizes_.keep == Keep::kNothing ? nullptr : sizes_.normed(kept_, layer, group, row);
+    float inverse_std;
+    if (sizes_.ends_in_simnorm(layer)) {
+      inverse_std = normalise_row(sums, norm);
+      if (kept) convert(sums, layer.out, kept);
+#pragma omp simd
+      for (int64_t j = 0; j < layer.out; ++j) sums[j] = sums[j] * norm.weight[j] + norm.bias[j];
+      softmax_row(sums, layer.out, sizes_.ends_in, y);
+    } else if (sizes_.is_last(layer)) {
+      inverse_std = norm_mish_row(sums, norm, kept, y);
+    } else {
+      inverse_std = norm_mish_row(sums, norm, kept, features);
+    }
+    if (kept) *sizes_.inverse_std(kept_, layer, group, row) = inverse_std;
+  }
+
+  // Rows backwards through all layers; what vectors get is added to `sums`, and what sums get is packed into `left`, if that is given.
+  void backward(const Block& rows, const Feature* weight, const Rows& grad, const Rows& y, float* sums, Feature* left) const {
+    static thread_local Scratch<Feature> scratch;
+    static thread_local Scratch<float> slopes_scratch;
+    Feature* features = scratch.at_least(Sizes::chunk_rows() * sizes_.widest);
+    float* slopes = slopes_scratch.at_least(Sizes::chunk_rows() * sizes_.widest);  // gradients of what a layer made, then of its sums
+    int64_t step = sizes_.layers.back().out;
+    for (int64_t r = 0; r < rows.count; ++r) {
+      std::copy_n(grad.of<float>(rows.group, rows.first + r), step, slopes + r * step);
+      if (sizes_.ends_in > 0) softmax_slope_row(slopes + r * step, y.of<float>(rows.group, rows.first + r), step, sizes_.ends_in);
+    }
+    for (size_t l = sizes_.layers.size(); l-- > 0;) {
+      const LearntLayer& layer = sizes_.layers[l];
+      const int64_t width = Sizes::padded(layer.out);
+      const RowSums of_vectors{sums + layer.sums, sums + layer.sums + layer.out, sums + layer.sums + 2 * layer.out};
+      for (int64_t r = 0; r < rows.count; ++r) {
+        back_row(layer, rows.group, rows.first + r, slopes + r * step, of_vectors, features + r * width);
+      }
+      clear_behind(features, width, rows.count, layer.out);
+      if (left) {
+        Product::pack_left(features, width, rows.count, layer.out, rows.first, sizes_.depth, packed_left(left, layer, rows.group));
+      }
+      if (columns(layer).count == 0) return;
+      const Product product = Sizes::back(layer, columns(layer));
+      step = product.padded_outputs();
+      product.multiply(features, width, round_up(rows.count, Product::kRows), 0, weight, slopes);
+      weight += product.packed_size();
+    }
+    scatter(rows, slopes, step);
+  }
+
+  // The gradient of what Mish, or SimNorm's softmax, makes of a row, or of a plain one; it is overwritten → that of the row's sums.
+  void back_row(const LearntLayer& layer, int64_t group, int64_t row, float* slope, const RowSums& sums, Feature* gradient) const {
+    if (!layer.normed) {
+#pragma omp simd
+      for (int64_t j = 0; j < layer.out; ++j) sums.shift[j] += slope[j];
+      return convert(slope, layer.out, gradient);
+    }
+    const Norm norm{nullptr, factors(layer, group, row), given_.vector(layer, 1, group), given_.vector(layer, 2, group), layer.out};
+    const Feature* kept = sizes_.normed(kept_, layer, group, row);
+    const float inverse_std = *sizes_.inverse_std(kept_, layer, group, row);
+    if (sizes_.ends_in_simnorm(layer)) {
+      denormalise_row(slope, kept, inverse_std, norm, sums, gradient, NoSlope());
+    } else {
+      denormalise_row(slope, kept, inverse_std, norm, sums, gradient, MishSlope());
+    }
+  }
+
+  // What the wanted columns of the inputs get of the gradient → the parts' gradients, which are sums over groups.
+  void scatter(const Block& rows, const float* slopes, int64_t step) const {
+    int64_t column = -wanted_.first;
+    for (const Part& part : parts_) {
+      for (int64_t r = 0; part.gradient && r < rows.count; ++r) {
+        const float* from = slopes + r * step + column;
+        float* to = part.gradient->template of<float>(0, rows.first + r);
+#pragma omp simd
+        for (int64_t j = 0; j < part.values.dim; ++j) to[j] = rows.group ? to[j] + from[j] : from[j];
+      }
+      column += part.values.dim;
+    }
+  }
+
   // Where the packed gradients of a layer's sums begin.
   int64_t left_offset(size_t layer) const {
     int64_t offset = 0;
-    for (size_t l = 0; l < layer; ++l) offset += groups_ * Product::left_size(layers_[l].out, depth_);
+    for (size_t l = 0; l < layer; ++l) offset += sizes_.groups * Product::left_size(sizes_.layers[l].out, sizes_.depth);
     return offset;
   }
+  Feature* packed_left(Feature* lefts, const LearntLayer& layer, int64_t group) const {
+    return lefts + left_offset(layer.number) + group * Product::left_size(layer.out, sizes_.depth);
+  }
 
-  // All weights for forth() → [G, size], layer by layer.
-  at::Tensor packed_forth(const Parameters& given) const {
+  // All weights for the products forwards → [G, size], layer by layer.
+  at::Tensor packed_forth() const {
     int64_t size = 0;
-    for (const Layer& layer : layers_) size += forth(layer).packed_size();
-    const at::Tensor packed = at::empty({groups_, size}, c10::CppTypeToScalarType<Feature>::value);
+    for (const LearntLayer& layer : sizes_.layers) size += Sizes::forth(layer).packed_size();
+    const at::Tensor packed = at::empty({sizes_.groups, size}, c10::CppTypeToScalarType<Feature>::value);
     Feature* to = packed.mutable_data_ptr<Feature>();
-    for (size_t l = 0; l < layers_.size(); ++l) {
-      const Layer& layer = layers_[l];
-      const Product real(layer.in, layer.out);
-      const int64_t panels = real.panels();
-      at::parallel_for(0, groups_ * panels, std::max<int64_t>(1, kGrain / layer.in / Product::kOutputs), [&](int64_t begin, int64_t end) {
+    for (const LearntLayer& layer : sizes_.layers) {
+      const Product product(layer.in, layer.out);
+      const int64_t panels = product.panels(), step = given_.weights[layer.number].step;
+      const int64_t grain = std::max<int64_t>(1, kGrain / layer.in / Product::kOutputs);
+      at::parallel_for(0, sizes_.groups * panels, grain, [&](int64_t begin, int64_t end) {
         for (int64_t unit = begin; unit < end; ++unit) {
           const int64_t group = unit / panels;
-          real.pack(given.weight(l, group), given.weights[l].step, unit % panels, to + group * size);
+          product.pack(given_.weight(layer, group), step, unit % panels, to + group * size);
         }
       });
-      to += real.packed_size();
+      to += product.packed_size();
     }
     return packed;
   }
 
-  // All weights for back() → [G, size], from the last layer to the first, and of that the columns that are wanted.
-  at::Tensor packed_back(const Parameters& given, const Columns& wanted) const {
+  // All weights for the products backwards → [G, size], from the last layer to the first, and of that the columns that are wanted.
+  at::Tensor packed_back() const {
     constexpr int64_t kSome = 32;  // outputs at a time
     int64_t size = 0;
-    for (const Layer& layer : layers_) size += (&layer == &layers_[0] ? back(layer, wanted) : back(layer)).packed_size();
-    const at::Tensor packed = at::empty({groups_, size}, c10::CppTypeToScalarType<Feature>::value);
+    for (const LearntLayer& layer : sizes_.layers) size += Sizes::back(layer, columns(layer)).packed_size();
+    const at::Tensor packed = at::empty({sizes_.groups, size}, c10::CppTypeToScalarType<Feature>::value);
     Feature* to = packed.mutable_data_ptr<Feature>();
-    for (size_t l = layers_.size(); l-- > 0;) {
-      const Layer& layer = layers_[l];
-      const Columns columns = l ? Columns{0, layer.in} : wanted;
-      if (columns.count == 0) continue;
-      const int64_t pieces = (layer.out + kSome - 1) / kSome;
-      at::parallel_for(0, groups_ * pieces, std::max<int64_t>(1, kGrain / columns.count / kSome), [&](int64_t begin, int64_t end) {
+    for (size_t l = sizes_.layers.size(); l-- > 0;) {
+      const LearntLayer& layer = sizes_.layers[l];
+      const Columns some = columns(layer);
+      if (some.count == 0) continue;
+      const int64_t pieces = (layer.out + kSome - 1) / kSome, step = given_.weights[l].step;
+      const int64_t grain = std::max<int64_t>(1, kGrain / some.count / kSome);
+      at::parallel_for(0, sizes_.groups * pieces, grain, [&](int64_t begin, int64_t end) {
         for (int64_t unit = begin; unit < end; ++unit) {
           const int64_t group = unit / pieces, first = unit % pieces * kSome, count = std::min(kSome, layer.out - first);
-          const float* from = given.weight(l, group, first) + columns.first;
-          Product::pack_right(from, given.weights[l].step, count, columns.count, first, padded(layer.out), to + group * size);
+          const float* from = given_.weight(layer, group, first) + some.first;
+          Product::pack_right(from, step, count, some.count, first, Sizes::padded(layer.out), to + group * size);
         }
       });
-      to += back(layer, columns).packed_size();
+      to += Sizes::back(layer, some).packed_size();
     }
     return packed;
   }

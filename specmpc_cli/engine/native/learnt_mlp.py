@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PLAIN, MISH = (
-    0,
-    -1,
-)  # what a last layer ends in; a number above means SimNorm in groups of so many, and a norm comes before Mish and SimNorm
-_KEEP_NOTHING, _KEEP_FOR_INPUTS, _KEEP_FOR_WEIGHTS = range(3)  # as in learnt_mlp.h
+# What a last layer ends in; a number above 0 means SimNorm in groups of so many. A norm comes before Mish and SimNorm.
+PLAIN, MISH = 0, -1
+
+_KEEP_NOTHING, _KEEP_FOR_INPUTS, _KEEP_FOR_PARAMETERS = range(3)  # as in learnt_sizes.h
 
 
 def mlp(
@@ -29,17 +28,19 @@ def mlp(
     """Inputs → [N, out], or [G, N, out] of heads, fp32. Needs `native.built`.
 
     Args:
-        parts: features of the inputs, [N, ...] each, side by side; fp32, as everything.
+        parts: the inputs' features side by side, each [N, I], fp32 as everything.
         weights: each layer's, [out, in] or [E, out, in].
         vectors: for each layer its bias and, if it has a norm, LayerNorm's weight and bias, [out] or [E, out].
         ends_in: how the last layer ends; all others end in Mish.
-        heads: [G] int64, which of E stacks; all in turn if left out. Those that are picked do not learn.
+        heads: [G] int64, which of E stacks; all in turn if left out. Those that are picked must not learn.
         mask: [G, N, D], dropout's factors in the first layer.
         bf16: products are computed in bf16, and features and what is kept for gradients are rounded to it.
     """
     keep = _KEEP_NOTHING
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*parts, *weights)):
-        keep = _KEEP_FOR_WEIGHTS if weights[0].requires_grad else _KEEP_FOR_INPUTS
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*weights, *vectors)):
+        keep = _KEEP_FOR_PARAMETERS
+    elif torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        keep = _KEEP_FOR_INPUTS
     y, _ = torch.ops.specmpc.mlp(parts, weights, vectors, heads, mask, ends_in, bf16, keep)
     return y
 
@@ -57,14 +58,14 @@ def _results(
     vectors: Sequence[Tensor],
     heads: Tensor | None,
     mask: Tensor | None,
-    softmax_size: int,
+    ends_in: int,
     bf16: bool,
     keep: int,
 ) -> tuple[Tensor, Tensor]:
     rows, grouped = parts[0].shape[0], weights[0].dim() == 3
     groups = len(heads) if heads is not None else len(weights[0]) if grouped else 1
     dims = [weights[0].shape[-1], *(weight.shape[-2] for weight in weights)]
-    kept = torch.ops.specmpc.mlp_kept_bytes(bf16, dims, rows, groups, softmax_size, keep)
+    kept = torch.ops.specmpc.mlp_kept_bytes(bf16, dims, rows, groups, ends_in, keep)
     y = parts[0].new_empty([groups, rows, dims[-1]] if grouped else [rows, dims[-1]])
     return y, parts[0].new_empty([kept], dtype=torch.uint8)
 
@@ -78,13 +79,13 @@ def _gradients(
     vectors: Sequence[Tensor],
     heads: Tensor | None,
     mask: Tensor | None,
-    softmax_size: int,
+    ends_in: int,
     bf16: bool,
     keep: int,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     of = [part for part, wants in zip(parts, wanted, strict=True) if wants]
-    if keep == _KEEP_FOR_WEIGHTS:
+    if keep == _KEEP_FOR_PARAMETERS:
         of += [*weights, *vectors]
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in of]
 
@@ -103,6 +104,6 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     wanted = list(ctx.needs_input_grad[0])
     gradients: Iterator[Tensor] = iter(torch.ops.specmpc.mlp_backward(grad, y, kept, *given, heads, mask, *ctx.settings, wanted))
     of_parts = [next(gradients) if wants else None for wants in wanted]
-    learns = ctx.settings[-1] == _KEEP_FOR_WEIGHTS
+    learns = ctx.settings[-1] == _KEEP_FOR_PARAMETERS
     of_weights, of_vectors = ([next(gradients) if learns else None for _ in some] for some in given[1:])
     return of_parts, of_weights, of_vectors, None, None, None, None, None

@@ -13,53 +13,54 @@ struct RowSums {
   float *shift, *weight, *bias;
 };
 
-// x → (x + shift) · factors, if there are any, less its mean and divided by its standard deviation; → the latter's inverse.
-inline float normalise_row(float* x, const float* shift, const float* factors, int64_t dim) {
+// What LayerNorm does to a row of `dim` sums before its activation: (sums + shift) · factors, normed, · weight + bias.
+struct Norm {
+  const float *shift, *factors, *weight, *bias;  // without factors these are 1
+  int64_t dim;
+};
+
+// Sums → what is normed, before weight and bias; → the inverse of the standard deviation.
+inline float normalise_row(float* x, const Norm& norm) {
+  const float *shift = norm.shift, *factors = norm.factors;
   if (factors) {
 #pragma omp simd
-    for (int64_t j = 0; j < dim; ++j) x[j] = (x[j] + shift[j]) * factors[j];
+    for (int64_t j = 0; j < norm.dim; ++j) x[j] = (x[j] + shift[j]) * factors[j];
   } else {
 #pragma omp simd
-    for (int64_t j = 0; j < dim; ++j) x[j] += shift[j];
+    for (int64_t j = 0; j < norm.dim; ++j) x[j] += shift[j];
   }
-  const Moments found = moments(dim, [x](int64_t j) { return x[j]; });
+  const Moments found = moments(norm.dim, [x](int64_t j) { return x[j]; });
   const float mean = found.mean, inverse_std = found.inverse_std;
 #pragma omp simd
-  for (int64_t j = 0; j < dim; ++j) x[j] = (x[j] - mean) * inverse_std;
+  for (int64_t j = 0; j < norm.dim; ++j) x[j] = (x[j] - mean) * inverse_std;
   return inverse_std;
 }
 
-// y = mish(normed · weight + bias), where normed is what normalise_row makes of x, whose result this is, too; x is overwritten.
+// y = mish(normed · weight + bias); x, the sums, is overwritten; what is normed is kept, if so wanted. → as normalise_row.
 template <typename Feature, typename To>
-float norm_mish_row(
-    float* x, const float* shift, const float* factors, const float* weight, const float* bias, int64_t dim, Feature* normed, To* y) {
-  const float inverse_std = normalise_row(x, shift, factors, dim);
-  if (normed) convert(x, dim, normed);
+float norm_mish_row(float* x, const Norm& norm, Feature* normed, To* y) {
+  const float inverse_std = normalise_row(x, norm);
+  if (normed) convert(x, norm.dim, normed);
+  const float *weight = norm.weight, *bias = norm.bias;
 #pragma omp simd
-  for (int64_t j = 0; j < dim; ++j) x[j] = mish(x[j] * weight[j] + bias[j]);
-  convert(x, dim, y);
+  for (int64_t j = 0; j < norm.dim; ++j) x[j] = mish(x[j] * weight[j] + bias[j]);
+  convert(x, norm.dim, y);
   return inverse_std;
 }
 
-// From the gradient g of f(t), with t = normed · weight + bias and f's slope → that of x in normalise_row, to `gradient`; g is overwritten.
+// From the gradient g of f(normed · weight + bias), of which `slope` is f's, → that of the sums; g is overwritten.
 template <typename Feature, typename Slope>
 void denormalise_row(
-    float* g,
-    const Feature* normed,
-    float inverse_std,
-    const float* weight,
-    const float* bias,
-    const float* factors,
-    int64_t dim,
-    RowSums sums,
-    Feature* gradient,
-    Slope slope) {
+    float* g, const Feature* normed, float inverse_std, const Norm& norm, const RowSums& sums, Feature* gradient, Slope slope) {
+  const int64_t dim = norm.dim;
+  const float *weight = norm.weight, *bias = norm.bias, *factors = norm.factors;
+  float *of_shift = sums.shift, *of_weight = sums.weight, *of_bias = sums.bias;
   float along_one = 0.0f, along_normed = 0.0f;
 #pragma omp simd reduction(+ : along_one, along_normed)
   for (int64_t j = 0; j < dim; ++j) {
     const float x = to_float(normed[j]), got = g[j] * slope(x * weight[j] + bias[j]);
-    sums.weight[j] += got * x;
-    sums.bias[j] += got;
+    of_weight[j] += got * x;
+    of_bias[j] += got;
     g[j] = got * weight[j];
     along_one += g[j];
     along_normed += g[j] * x;
@@ -73,7 +74,7 @@ void denormalise_row(
     for (int64_t j = 0; j < dim; ++j) g[j] *= factors[j];
   }
 #pragma omp simd
-  for (int64_t j = 0; j < dim; ++j) sums.shift[j] += g[j];
+  for (int64_t j = 0; j < dim; ++j) of_shift[j] += g[j];
   convert(g, dim, gradient);
 }
 
@@ -97,35 +98,25 @@ inline void softmax_slope_row(float* g, const float* y, int64_t dim, int64_t siz
 
 // As above, where features are bf16.
 template <typename To>
-float norm_mish_row(
-    float* x,
-    const float* shift,
-    const float* factors,
-    const float* weight,
-    const float* bias,
-    int64_t dim,
-    at::BFloat16* normed,
-    To* y) {
-  return rough_norm_mish_row(x, shift, factors, weight, bias, dim, y, [normed](__m512 value, __m512, __mmask16 lanes, int64_t j) {
+float norm_mish_row(float* x, const Norm& norm, at::BFloat16* normed, To* y) {
+  const auto keep = [normed](__m512 value, __m512, __mmask16 lanes, int64_t j) {
     if (normed) store(value, lanes, normed + j);
-  });
+  };
+  return rough_norm_mish_row(x, norm.shift, norm.factors, norm.weight, norm.bias, norm.dim, y, keep);
 }
 
 inline void denormalise_row(
     float* g,
     const at::BFloat16* normed,
     float inverse_std,
-    const float* weight,
-    const float* bias,
-    const float* factors,
-    int64_t dim,
-    RowSums sums,
+    const Norm& norm,
+    const RowSums& sums,
     at::BFloat16* gradient,
     MishSlope) {
   __m512 along_one = {}, along_normed = {};
-  for_vectors(dim, [&](int64_t j, __mmask16 lanes) {
-    const __m512 x = load(normed + j, lanes), w = load(weight + j, lanes);
-    const __m512 got = load(g + j, lanes) * rough_mish_slope(x * w + load(bias + j, lanes)), grown = got * w;
+  for_vectors(norm.dim, [&](int64_t j, __mmask16 lanes) {
+    const __m512 x = load(normed + j, lanes), w = load(norm.weight + j, lanes);
+    const __m512 got = load(g + j, lanes) * rough_mish_slope(x * w + load(norm.bias + j, lanes)), grown = got * w;
     store(load(sums.weight + j, lanes) + got * x, lanes, sums.weight + j);
     store(load(sums.bias + j, lanes) + got, lanes, sums.bias + j);
     store(grown, lanes, g + j);
@@ -133,11 +124,11 @@ inline void denormalise_row(
     along_normed += grown * x;
   });
   const __m512 scale = _mm512_set1_ps(inverse_std);
-  const __m512 one = _mm512_set1_ps(_mm512_reduce_add_ps(along_one) / dim);
-  const __m512 slope = _mm512_set1_ps(_mm512_reduce_add_ps(along_normed) / dim);
-  for_vectors(dim, [&](int64_t j, __mmask16 lanes) {
+  const __m512 one = _mm512_set1_ps(_mm512_reduce_add_ps(along_one) / norm.dim);
+  const __m512 slope = _mm512_set1_ps(_mm512_reduce_add_ps(along_normed) / norm.dim);
+  for_vectors(norm.dim, [&](int64_t j, __mmask16 lanes) {
     __m512 value = scale * (load(g + j, lanes) - one - load(normed + j, lanes) * slope);
-    if (factors) value *= load(factors + j, lanes);
+    if (norm.factors) value *= load(norm.factors + j, lanes);
     store(load(sums.shift + j, lanes) + value, lanes, sums.shift + j);
     store(value, lanes, gradient + j);
   });

@@ -11,12 +11,12 @@ TORCH_LIBRARY(specmpc, m) {
       "fused_mlp(Tensor x, Tensor? shared, Tensor packed, Tensor vectors, int[] dims, int softmax_size, int apart, float[]? range,"
       " Tensor? heads) -> Tensor");
   m.def(
-      "mlp(Tensor[] parts, Tensor[] weights, Tensor[] vectors, Tensor? heads, Tensor? mask, int softmax_size, bool bf16, int keep)"
+      "mlp(Tensor[] parts, Tensor[] weights, Tensor[] vectors, Tensor? heads, Tensor? mask, int ends_in, bool bf16, int keep)"
       " -> (Tensor, Tensor)");
   m.def(
       "mlp_backward(Tensor grad, Tensor y, Tensor kept, Tensor[] parts, Tensor[] weights, Tensor[] vectors, Tensor? heads, Tensor? mask,"
-      " int softmax_size, bool bf16, int keep, bool[] wanted) -> Tensor[]");
-  m.def("mlp_kept_bytes(bool bf16, int[] dims, int rows, int groups, int softmax_size, int keep) -> int", specmpc::mlp_kept_bytes);
+      " int ends_in, bool bf16, int keep, bool[] wanted) -> Tensor[]");
+  m.def("mlp_kept_bytes(bool bf16, int[] dims, int rows, int groups, int ends_in, int keep) -> int", specmpc::mlp_kept_bytes);
   m.def("multiplies_bf16() -> bool", specmpc::Bf16Product::fast);
   m.def("multiplies_int8() -> bool", specmpc::Int8Product::fast);
 }

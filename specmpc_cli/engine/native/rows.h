@@ -111,9 +111,9 @@ SPECMPC_INLINED Moments moments(int64_t dim, At at) {
 }
 
 // y = mish(LayerNorm(x + shift)) of one row.
-template <typename In, typename Out>
-inline void norm_mish_row(const In* x, const float* shift, const float* weight, const float* bias, int64_t dim, Out* y) {
-  const Moments found = moments(dim, [x, shift](int64_t j) { return to_float(x[j]) + shift[j]; });
+template <typename Out>
+inline void norm_mish_row(const float* x, const float* shift, const float* weight, const float* bias, int64_t dim, Out* y) {
+  const Moments found = moments(dim, [x, shift](int64_t j) { return x[j] + shift[j]; });
   const float mean = found.mean, inverse_std = found.inverse_std;  // clang takes no structured bindings into simd loops
   constexpr int64_t kSome = 64;  // at a time, in fp32
   float some[kSome];
@@ -121,7 +121,7 @@ inline void norm_mish_row(const In* x, const float* shift, const float* weight, 
     const int64_t count = std::min(kSome, dim - first);
 #pragma omp simd
     for (int64_t j = first; j < first + count; ++j) {
-      some[j - first] = mish((to_float(x[j]) + shift[j] - mean) * inverse_std * weight[j] + bias[j]);
+      some[j - first] = mish((x[j] + shift[j] - mean) * inverse_std * weight[j] + bias[j]);
     }
     convert(some, count, y + first);
   }
@@ -131,7 +131,7 @@ inline void norm_mish_row(const In* x, const float* shift, const float* weight, 
 class PerGroup {
  public:
   PerGroup(const at::Tensor& given, int64_t groups, int64_t dim) : values(given.contiguous()), step(given.dim() == 2 ? dim : 0) {
-    TORCH_CHECK(values.scalar_type() == at::kFloat, "specmpc: shift, weight and bias must be fp32");
+    TORCH_CHECK(values.scalar_type() == at::kFloat, "specmpc: vectors must be fp32");
     const bool fits = given.dim() <= 2 && values.size(-1) == dim && (step == 0 || values.size(0) == groups);
     TORCH_CHECK(fits, "specmpc: vectors of another shape");
     data = values.const_data_ptr<float>();
@@ -170,17 +170,6 @@ void for_runs(int64_t begin, int64_t end, int64_t count, Function call) {
     const int64_t first = begin % count, some = std::min(end - begin, count - first);
     call(begin / count, first, some);
     begin += some;
-  }
-}
-
-// Calls with a value of the rows' type.
-template <typename Function>
-void for_type_of(const at::Tensor& x, Function call) {
-  if (x.scalar_type() == at::kBFloat16) {
-    call(at::BFloat16());
-  } else {
-    TORCH_CHECK(x.scalar_type() == at::kFloat, "specmpc: rows must be fp32 or bf16");
-    call(float());
   }
 }
 
