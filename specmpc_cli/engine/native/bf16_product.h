@@ -60,22 +60,18 @@ class Bf16Product {
   // weight: rows of in_ inputs, fp32 or bf16. A panel has, for each pair of inputs, the pairs of all its outputs.
   template <typename Input>
   void pack(const Input* weight, int64_t step, int64_t panel, at::BFloat16* packed) const {
-    constexpr int64_t kSome = 32;  // inputs of each output in turn: what is written meanwhile stays in the first cache
-    static_assert(kSome == kOutputs, "pairs_of writes so many");
     const int64_t real = std::min(kOutputs, out_ - panel * kOutputs);
     Pair* to = reinterpret_cast<Pair*>(packed + panel * kOutputs * padded_in_);
-    if (real < kOutputs || in_ < padded_in_) std::fill_n(to, kOutputs * padded_in_ / 2, Pair{0});
-    for (int64_t from = 0; from < in_; from += kSome) {
-      for (int64_t j = 0; j < real; ++j) {
-        Pair output[kSome / 2];
-        pairs_of(weight + (panel * kOutputs + j) * step + from, std::min(kSome, in_ - from), output);
-        Pair* first = to + from / 2 * kOutputs + j;
-        if (from + kSome <= in_) {
-#pragma GCC unroll 16
-          for (int64_t k = 0; k < kSome / 2; ++k) first[k * kOutputs] = output[k];
-        } else {
-          for (int64_t k = 0; 2 * k < in_ - from; ++k) first[k * kOutputs] = output[k];
+    for (int64_t from = 0; from < padded_in_; from += 2 * kBlock) {
+      const int64_t inputs = std::clamp<int64_t>(in_ - from, 0, 2 * kBlock), pairs = std::min((padded_in_ - from) / 2, kBlock);
+      for (int64_t first = 0; first < kOutputs; first += kBlock) {
+        alignas(64) Pair block[kBlock][kBlock];
+        for (int64_t j = 0; j < kBlock; ++j) {
+          const int64_t output = first + j;
+          pairs_of(weight + (panel * kOutputs + output) * step + from, output < real ? inputs : 0, block[j]);
         }
+        transpose(block);
+        for (int64_t k = 0; k < pairs; ++k) std::memcpy(to + (from / 2 + k) * kOutputs + first, block[k], sizeof(block[k]));
       }
     }
   }
@@ -163,6 +159,38 @@ class Bf16Product {
 
   // kRows rows of `depth` inputs with one panel of weights → kOutputs sums of each row, `step` apart; `add`: to what is there.
   using Way = void (*)(const Operand& rows, const at::BFloat16* panel, int64_t depth, float* sums, int64_t step, bool add);
+
+  static constexpr int64_t kBlock = kOutputs / 2;
+
+  static void transpose(Pair (&block)[kBlock][kBlock]) {
+#ifdef __AVX512BF16__
+    __m512i rows[kBlock], pairs[kBlock];
+    for (int i = 0; i < kBlock; ++i) rows[i] = _mm512_load_si512(block[i]);
+    for (int i = 0; i < kBlock; i += 2) {  // neighbours in each quarter of a register, then neighbours of those
+      pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+      pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < kBlock; i += 4) {
+      for (int k = 0; k < 2; ++k) {
+        rows[i + 2 * k] = _mm512_unpacklo_epi64(pairs[i + k], pairs[i + k + 2]);
+        rows[i + 2 * k + 1] = _mm512_unpackhi_epi64(pairs[i + k], pairs[i + k + 2]);
+      }
+    }
+    constexpr int kEven = 0x88, kOdd = 0xdd;  // quarters of both operands
+    for (int i = 0; i < 4; ++i) {
+      const __m512i even[2] = {_mm512_shuffle_i32x4(rows[i], rows[i + 4], kEven), _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], kEven)};
+      const __m512i odd[2] = {_mm512_shuffle_i32x4(rows[i], rows[i + 4], kOdd), _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], kOdd)};
+      _mm512_store_si512(block[i], _mm512_shuffle_i32x4(even[0], even[1], kEven));
+      _mm512_store_si512(block[i + 4], _mm512_shuffle_i32x4(odd[0], odd[1], kEven));
+      _mm512_store_si512(block[i + 8], _mm512_shuffle_i32x4(even[0], even[1], kOdd));
+      _mm512_store_si512(block[i + 12], _mm512_shuffle_i32x4(odd[0], odd[1], kOdd));
+    }
+#else
+    for (int64_t i = 0; i < kBlock; ++i) {
+      for (int64_t j = 0; j < i; ++j) std::swap(block[i][j], block[j][i]);
+    }
+#endif
+  }
 
   // Up to kOutputs values in bf16, side by side, with zeros behind them.
   template <typename Input>
