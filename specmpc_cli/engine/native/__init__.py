@@ -1,7 +1,7 @@
 """Kernels of our own for a CPU, in C++: an MLP in one call, as the planner needs it (fused_mlp.h), and with gradients (learnt_mlp.h).
 
-They are built at their first use, in 17 seconds of CPU time, for the machine that they run on, and kept beside the compiler's own cache.
-Where that cannot be done, the formulas that they stand for are computed instead (layers.py).
+They are built at their first use, in some 22 seconds of CPU time, for the machine that they run on, and kept beside the compiler's own
+cache. Where that cannot be done, the formulas that they stand for are computed instead (layers.py).
 """
 
 from __future__ import annotations
@@ -70,13 +70,19 @@ def _load() -> str | None:
         except OSError:  # damaged, or built where other system libraries are
             library.unlink()
             torch.ops.load_library(_build())
-        # Compiled code holds sizes of what the kernels keep, which differ from one build to another.
-        torch.compiler.config.cache_key_tag = library.stem
+        _keep_compiled_code_apart(library.stem)
     except (OSError, subprocess.SubprocessError) as error:
         return _reason(error)
     torch.library.register_fake("specmpc::fused_mlp", _fused_mlp_like)
     learnt_mlp.register()
     return None
+
+
+def _keep_compiled_code_apart(build: str) -> None:
+    """Compiled code holds sizes of what the kernels keep, which differ from one build to another; the compiler's cache cannot know."""
+    config = getattr(torch.compiler, "config", None)
+    if config is not None and hasattr(config, "cache_key_tag"):  # which the oldest versions of torch lack
+        config.cache_key_tag = build
 
 
 def _reason(error: Exception) -> str:
