@@ -5,8 +5,6 @@
 #include "bf16_product.h"
 #include "fp32_product.h"
 
-#include <ATen/core/IListRef.h>
-
 #include <numeric>
 
 namespace specmpc {
