@@ -44,6 +44,7 @@ struct RoughRow {
 };
 
 #ifdef SPECMPC_VNNI
+
 // exp(x) is 2^t, with 2^(t - ⌊t⌋) by a minimax polynomial; beyond 2^30 it stays there, where Mish is the identity.
 SPECMPC_INLINED __m512 rough_exp(__m512 x) {
   const __m512 t = _mm512_min_ps(_mm512_set1_ps(30.0f), x * _mm512_set1_ps(1.44269504f));  // in this order what is not a number stays so
@@ -66,9 +67,6 @@ SPECMPC_INLINED __m512 rough_mish_slope(__m512 x) {
   const __m512 e = rough_exp(x), n = e * (e + two), inverse = _mm512_rcp14_ps(n + two);
   return (n + four * x * e * (e + one) * inverse) * inverse;
 }
-#endif
-
-#ifdef SPECMPC_VNNI
 
 // Calls for each vector of a row with its first feature and the lanes that it fills.
 template <typename Call>
