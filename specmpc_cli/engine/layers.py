@@ -128,11 +128,16 @@ class Stack(nn.ModuleList):
         self.last = last
         self.packed: PackedMlp | None = None
 
+    @property
+    def ends_in(self) -> int:
+        """How the last layer ends, as `native.learnt_mlp` has it: SimNorm's size or PLAIN."""
+        return self.last.dim if self.last else PLAIN
+
     def pack(self, int8: bool = False, apart: int = 0) -> None:
         """Packs the weights, rounded to 8 bits if so wanted, without gradients; arguments as in `PackedMlp`. Needs `native.multiplies` for
         what is multiplied.
         """
-        self.packed = PackedMlp(*self._values(), self.last.dim if self.last else 0, int8=int8, apart=apart)
+        self.packed = PackedMlp(*self._values(), self.ends_in, int8=int8, apart=apart)
 
     def repack(self) -> None:
         """Packs the weights again, after they changed."""
@@ -164,7 +169,7 @@ class Mlp(Stack):
         x, shared = joined(*parts)
         if self.packed is not None:
             return self.packed(x, shared)
-        if shared is None and (y := in_one_call(self, parts, self.last.dim if self.last else PLAIN)) is not None:
+        if shared is None and (y := in_one_call(self, parts, self.ends_in)) is not None:
             return y
         first, *others = self
         x = first(x) if shared is None else first(x, shared=shared)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from specmpc_cli.engine import native
 from specmpc_cli.engine.layers import Affine, Linear, LinearEnsemble, Mlp, SimNorm, Stack, in_one_call, joined
-from specmpc_cli.engine.native.learnt_mlp import PLAIN
 from specmpc_cli.engine.twohot import two_hot_inv
 
 LOG_STD_RANGE = (-10.0, 2.0)  # of the policy prior
@@ -100,7 +99,7 @@ class QEnsemble(nn.Module):
         With two heads in all, a draw of two changes nothing.
         """
         heads = None if self.num_q == 2 else q_index
-        if (y := in_one_call(self.layers, parts, PLAIN, heads, mask)) is not None:
+        if (y := in_one_call(self.layers, parts, self.layers.ends_in, heads, mask)) is not None:
             return y
         x = torch.cat(parts, dim=-1)
         return self.logits(x.unsqueeze(0) if heads is None else x.expand(len(heads), -1, -1), heads, mask)

@@ -27,7 +27,6 @@ _SOURCES = Path(__file__).parent
 _BUILD_SECONDS = 300
 
 
-@torch.compiler.assume_constant_result
 def built() -> bool:
     """Whether our kernels are at hand; builds them at the first call."""
     return _load() is None
@@ -121,6 +120,7 @@ def _build() -> Path:
     if "__x86_64__" in described and "__clang__" not in described:
         flags.append("--param=avoid-fma-max-bits=0")  # or a row that is alone in its tile would round otherwise than the others
     flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
+    # The operators' gradients are Python, but compiled code holds them, too, and is kept apart by this key.
     sources = [path.read_text(encoding="utf-8") for path in sorted(_SOURCES.iterdir()) if path.suffix in (".h", ".cpp", ".py")]
     key = hashlib.sha256("\0".join([*sources, described, *flags, torch.__version__, *platform.libc_ver()]).encode()).hexdigest()[:16]
     library = use_compile_cache() / f"specmpc-{key}.so"

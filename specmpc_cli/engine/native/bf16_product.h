@@ -55,7 +55,7 @@ class Bf16Product {
 
   int64_t padded_outputs() const { return round_up(out_, kOutputs); }
   int64_t panels() const { return padded_outputs() / kOutputs; }
-  int64_t packed_size() const { return padded_outputs() * padded_in_; }
+  int64_t packed_size() const { return right_size(out_, padded_in_); }
 
   // weight: rows of in_ inputs, fp32 or bf16. A panel has, for each pair of inputs, the pairs of all its outputs.
   template <typename Input>

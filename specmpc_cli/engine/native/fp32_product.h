@@ -29,11 +29,11 @@ class Fp32Product {
 
   int64_t padded_outputs() const { return round_up(out_, kLanes); }
   int64_t panels() const { return (out_ + kOutputs - 1) / kOutputs; }
-  int64_t packed_size() const { return padded_outputs() * in_; }
+  int64_t packed_size() const { return right_size(out_, in_); }
 
   // weight: rows of in_ inputs, `step` apart. Within a panel, an input's weights for all outputs lie side by side.
   void pack(const float* weight, int64_t step, int64_t panel, float* packed) const {
-    const int64_t first = panel * kOutputs, width = panel_width(panel), real = std::min(width, out_ - first);
+    const int64_t first = panel * kOutputs, width = right_width(out_, panel), real = std::min(width, out_ - first);
     float* to = packed + first * in_;
     for (int64_t from = 0; from < in_; from += kLine) {  // line by line of each output: what is written meanwhile stays in the first cache
       const int64_t end = std::min(from + kLine, in_);
@@ -51,7 +51,7 @@ class Fp32Product {
     for (int64_t from = skipped; from < in_; from += even) {  // so many inputs that a panel of their weights stays in a near cache
       const int64_t depth = std::min(even, in_ - from);
       for (int64_t panel = 0; panel < panels(); ++panel) {
-        const int64_t first = panel * kOutputs, width = panel_width(panel);
+        const int64_t first = panel * kOutputs, width = right_width(out_, panel);
         const float* weights = packed + first * in_ + from * width;
         for (int64_t r = 0; r < count; r += kRows) {
           float* to = sums + r * padded_outputs() + first;
@@ -122,8 +122,6 @@ class Fp32Product {
   typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
 
   int64_t in_, out_;
-
-  int64_t panel_width(int64_t panel) const { return std::min(kOutputs, padded_outputs() - panel * kOutputs); }
 
   // A tile of up to kRows rows and V vectors of outputs; `at` has a row's input. → sums, rows `step` apart.
   template <int V, int R = kRows, typename At>

@@ -77,13 +77,9 @@ def _gradients(
     parts: Sequence[Tensor],
     weights: Sequence[Tensor],
     vectors: Sequence[Tensor],
-    heads: Tensor | None,
-    mask: Tensor | None,
-    ends_in: int,
-    bf16: bool,
-    keep: int,
-    wanted: Sequence[bool],
+    *settings: Any,
 ) -> list[Tensor]:
+    *_, keep, wanted = settings
     of = [part for part, wants in zip(parts, wanted, strict=True) if wants]
     if keep == _KEEP_FOR_PARAMETERS:
         of += [*weights, *vectors]
