@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from specmpc_cli.engine import native
+from specmpc_cli.engine.compiled import compiled_kernels
 from specmpc_cli.engine.official import load_official, read_official
-from specmpc_cli.engine.planner import PlannerNoise, PlannerSettings, Search, plan, prior_rollouts
+from specmpc_cli.engine.planner import EAGER, PlannerNoise, PlannerSettings, Search, plan, prior_rollouts
 from specmpc_cli.engine.world_model import WorldModel, WorldModelDims
 from specmpc_cli.learning.learner import Learner, LearnerSettings
 from specmpc_cli.learning.losses import Batch, LossSettings, UpdateNoise, draw_policy
@@ -137,8 +139,9 @@ def test_forward_passes_as_they_act(case: Case) -> None:
         close(values.squeeze(1).unsqueeze(-1), case.get(recorded))
 
 
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.compiler)], ids=["formulas", "packed"])
 @pytest.mark.parametrize("kind", ["first", "warm", "noisy"])
-def test_whole_plans(case: Case, kind: str) -> None:
+def test_whole_plans(case: Case, kind: str, packed: bool) -> None:
     names = ("horizon", "iterations", "num_samples", "num_elites", "num_pi_trajs", "min_std", "max_std", "temperature")
     settings = PlannerSettings(discount=case.discount, **{name: case.config[name] for name in names})
 
@@ -159,7 +162,12 @@ def test_whole_plans(case: Case, kind: str) -> None:
         warm_start[:-1] = previous[1:]
     searches: list[Search] = []
     z = case.model.encode(case.get(f"plan_{kind}_obs"))
-    made = plan(case.model, z, warm_start.unsqueeze(0), noise, settings, on_iteration=searches.append)
+    model, kernels = case.model, EAGER
+    if packed:
+        model, kernels = case.model.compute_copy(torch.float32), compiled_kernels()
+        model.pack()
+        assert model.packed, native.problem()
+    made = plan(model, z, warm_start.unsqueeze(0), noise, settings, kernels=kernels, on_iteration=searches.append)
 
     values = torch.stack([search.values[0] for search in searches]).unsqueeze(-1)
     torch.testing.assert_close(values, case.get(f"plan_{kind}_values"), rtol=PLAN, atol=PLAN)

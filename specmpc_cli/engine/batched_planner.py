@@ -10,9 +10,36 @@ from torch import Tensor
 
 from specmpc_cli.engine.captured import CapturedCall
 from specmpc_cli.engine.draws import Draws, host_draws
-from specmpc_cli.engine.planner import EAGER, Kernels, PlannerNoise, PlannerSettings, plan
+from specmpc_cli.engine.packed_planner import PackedDynamics
+from specmpc_cli.engine.planner import EAGER, Dynamics, Kernels, PlannerNoise, PlannerSettings, plan
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.types import Plan
+
+
+class _Networks:
+    """What plans, made of one model: a copy for the search, in its dtype, and what predicts the latents of what was found, in fp32."""
+
+    def __init__(self, model: WorldModel, dtype: torch.dtype, packed: bool) -> None:
+        assert dtype is not torch.int8 or packed
+        self._model, self._dtype = model, dtype
+        self._search = model.compute_copy(dtype)
+        self._dynamics: Dynamics = model
+        self._to_pack = packed
+
+    def ready(self) -> tuple[WorldModel, Dynamics]:
+        """Both of them; packed at the first plan, because that may have to build the kernels first."""
+        if self._to_pack:
+            self._search.pack(int8=self._dtype is torch.int8)
+            if self._search.packed:
+                self._dynamics = PackedDynamics(self._model)
+            self._to_pack = False
+        return self._search, self._dynamics
+
+    def take_weights(self) -> None:
+        """Takes over the model's weights."""
+        self._search.take_weights(self._model)
+        if isinstance(self._dynamics, PackedDynamics):
+            self._dynamics.renew()
 
 
 class BatchedPlanner:
@@ -43,12 +70,9 @@ class BatchedPlanner:
         """
         assert 1 in batch_sizes
         self.settings = settings
-        self._rollout_model = model
-        assert dtype is not torch.int8 or kernels.packed
-        self._dtype = dtype
-        self._compute_model = model.compute_copy(dtype)
+        self._dims = model.dims
+        self._networks = _Networks(model, dtype, kernels.packed)
         self._kernels = kernels
-        self._to_pack = kernels.packed  # before the first plan: packing may have to build the kernels first
         self._batch_sizes = sorted(batch_sizes)
         self._explore, self._draws = explore, draws
         self._device = next(model.parameters()).device
@@ -70,7 +94,7 @@ class BatchedPlanner:
         self._refresh()
 
     def _take_weights(self) -> tuple[Tensor, ...]:
-        self._compute_model.take_weights(self._rollout_model)
+        self._networks.take_weights()
         return ()
 
     def __call__(self, z: Tensor, warm_start: Tensor, streams: Tensor, steps: Tensor) -> Plan:
@@ -99,22 +123,11 @@ class BatchedPlanner:
 
     def _plan(self, z: Tensor, warm_start: Tensor, streams: Tensor, steps: Tensor) -> tuple[Tensor, ...]:
         """The fields of a plan of as many rows as one call takes, draws included."""
-        if self._to_pack:
-            self._compute_model.pack(int8=self._dtype is torch.int8)
-            self._to_pack = False
-        made = plan(
-            self._compute_model,
-            z,
-            warm_start,
-            self.draw(streams, steps),
-            self.settings,
-            kernels=self._kernels,
-            rollout_model=self._rollout_model,
-        )
+        search, dynamics = self._networks.ready()
+        made = plan(search, z, warm_start, self.draw(streams, steps), self.settings, kernels=self._kernels, dynamics=dynamics)
         return tuple(getattr(made, field.name) for field in fields(made))
 
     def draw(self, streams: Tensor, steps: Tensor) -> PlannerNoise:
         """The draws of B rows, each keyed by its (stream, step)."""
-        dims = self._rollout_model.dims
-        noise = self._draws(self.settings, dims.action_dim, dims.num_q, streams, steps)
+        noise = self._draws(self.settings, self._dims.action_dim, self._dims.num_q, streams, steps)
         return noise if self._explore else replace(noise, action_eps=None)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch._inductor import config as inductor
 
+from specmpc_cli.engine import packed_planner, planner
 from specmpc_cli.engine.captured import CapturedCall
 from specmpc_cli.engine.draws import Draws, block_numbers, device_draws, draws_from, host_draws
 from specmpc_cli.engine.gate import GateLimits
-from specmpc_cli.engine.planner import EAGER, Kernels, PlannerNoise, PlannerSettings, iterate, prior_rollouts, select
+from specmpc_cli.engine.planner import EAGER, Dynamics, Kernels, PlannerNoise, PlannerSettings, Rollouts, Search
 from specmpc_cli.engine.rows import row_by_row
 from specmpc_cli.engine.runner import Judge, Judgement, judge
 from specmpc_cli.engine.world_model import WorldModel
@@ -43,14 +44,24 @@ def compiled(fn: _Function) -> _Function:
 
 @cache
 def compiled_kernels() -> Kernels:
-    """The compiled kernels; compilation itself happens at their first call with a new shape."""
-    select_compiled = compiled(select)
+    """The fastest there are: our own for a packed model, else compiled ones; those are compiled at their first call with a new shape."""
+    compiled_rollouts, compiled_iterate, compiled_select = (
+        compiled(planner.prior_rollouts),
+        compiled(planner.iterate),
+        compiled(planner.select),
+    )
 
-    def select_on(model: WorldModel, z: Tensor, *found: Any) -> tuple[Tensor, ...]:
+    def prior_rollouts(model: WorldModel, *given: Any) -> Rollouts:
+        return (packed_planner.prior_rollouts if model.packed else compiled_rollouts)(model, *given)
+
+    def iterate(model: WorldModel, *given: Any) -> Search:
+        return (packed_planner.iterate if model.packed else compiled_iterate)(model, *given)
+
+    def select(dynamics: Dynamics, z: Tensor, *found: Any) -> tuple[Tensor, ...]:
         # A CPU would gain less than its longer start costs; on a GPU these are dozens of kernels.
-        return (select_compiled if z.is_cuda else select)(model, z, *found)
+        return (compiled_select if z.is_cuda else planner.select)(dynamics, z, *found)
 
-    return Kernels(compiled(prior_rollouts), compiled(iterate), select_on, packed=True)
+    return Kernels(prior_rollouts, iterate, select, packed=True)
 
 
 @cache

@@ -137,15 +137,15 @@ class Stack(nn.ModuleList):
         """Packs the weights, rounded to 8 bits if so wanted, without gradients; arguments as in `PackedMlp`. Needs `native.multiplies` for
         what is multiplied.
         """
-        self.packed = PackedMlp(*self._values(), self.ends_in, int8=int8, apart=apart)
+        self.packed = PackedMlp(*self.values(), self.ends_in, int8=int8, apart=apart)
 
     def repack(self) -> None:
         """Packs the weights again, after they changed."""
         assert self.packed is not None
-        self.packed.renew(*self._values())
+        self.packed.renew(*self.values())
 
-    def _values(self) -> tuple[list[Tensor], list[Tensor]]:
-        """All weights, and the vectors that come after the products."""
+    def values(self) -> tuple[list[Tensor], list[Tensor]]:
+        """All weights, and the vectors that come after the products, without gradients."""
         layers = cast(list[Affine], list(self))
         assert all(layer.weight.shape[-2] == layer.out_dim for layer in layers), "padded weights are a GPU's"
         vectors = [vector.detach() for layer in layers for vector in layer.vectors()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -69,6 +69,12 @@ class Search(NamedTuple):
     values: Tensor  # [B, N] of all candidates, prior samples first
 
 
+class Dynamics(Protocol):
+    """What predicts latents: a world model, or a part of one."""
+
+    def next(self, z: Tensor, a: Tensor) -> Tensor: ...
+
+
 def plan(
     model: WorldModel,
     z: Tensor,
@@ -77,15 +83,14 @@ def plan(
     settings: PlannerSettings,
     *,
     kernels: Kernels | None = None,
-    rollout_model: WorldModel | None = None,
+    dynamics: Dynamics | None = None,
     on_iteration: Callable[[Search], None] | None = None,
 ) -> Plan:
     """Plans from latents z [B, Z].
 
     Args:
         warm_start: [B, H, A], the previous mean shifted by its age; zeros on an episode's first step.
-        rollout_model: predicts `Plan.latents`, by default `model`; the runner passes its fp32 model, because
-            these latents are compared with real ones.
+        dynamics: predicts `Plan.latents`, by default `model`; in fp32, because these latents are compared with real ones.
         on_iteration: sees each iteration's `Search` (parity tests).
 
     Returns:
@@ -106,7 +111,7 @@ def plan(
         if on_iteration is not None:
             on_iteration(search)
     assert search is not None, "a plan needs at least one iteration"
-    return Plan(*kernels.select(rollout_model or model, z, search, noise.exponential, noise.action_eps))
+    return Plan(*kernels.select(dynamics or model, z, search, noise.exponential, noise.action_eps))
 
 
 def prior_rollouts(model: WorldModel, z: Tensor, eps: Tensor, discount: float) -> Rollouts:
@@ -216,7 +221,7 @@ def rewards_at_once(model: WorldModel, latents: Sequence[Tensor], actions: Tenso
     return model.reward(alike, actions).unbind(2)
 
 
-def select(model: WorldModel, z: Tensor, search: Search, exponential: Tensor, action_eps: Tensor | None) -> tuple[Tensor, ...]:
+def select(dynamics: Dynamics, z: Tensor, search: Search, exponential: Tensor, action_eps: Tensor | None) -> tuple[Tensor, ...]:
     """Draws one elite by weight, adds exploration noise if there is any, and predicts the latents it leads through.
 
     z [B, Z], exponential [B, K], action_eps [B, A] or None → the fields of a `Plan`: actions [B, H, A], latents [B, H+1, Z], mean and std
@@ -230,7 +235,7 @@ def select(model: WorldModel, z: Tensor, search: Search, exponential: Tensor, ac
     actions = actions.clamp(-1, 1)
     latents = [z]
     for t in range(actions.shape[1]):
-        latents.append(model.next(latents[-1], actions[:, t]))
+        latents.append(dynamics.next(latents[-1], actions[:, t]))
     return actions, torch.stack(latents, dim=1), search.mean, std, search.elite_values[row, drawn]
 
 

@@ -284,6 +284,11 @@ class WorldModel(nn.Module):
                 layer.packed = None
         return twin
 
+    @property
+    def packed(self) -> bool:
+        """Whether what plans is packed."""
+        return bool(self._packed)
+
     @torch.inference_mode(False)
     def pack(self, int8: bool = False) -> None:
         """From now on what plans is computed by kernels of our own, without gradients, in 8 bits if so wanted.

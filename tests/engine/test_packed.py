@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -60,23 +61,23 @@ def test_packed_stacks_compute_what_their_layers_do(dtype: torch.dtype) -> None:
 SMALL = PlannerSettings(discount=0.99, iterations=2, num_samples=32, num_elites=8, num_pi_trajs=4)
 
 
-def nets_called(planner: BatchedPlanner, model: WorldModel) -> int:
-    """By one plan."""
+def calls(planner: BatchedPlanner, model: WorldModel) -> Counter[str]:
+    """Of our own kernels, by one plan."""
     keys = torch.tensor([1]), torch.tensor([3])
     with torch.inference_mode():
         arguments = model.encode(torch.randn(1, 4)), torch.zeros(1, 3, 2), *keys
         planner(*arguments)
         with torch.profiler.profile() as profile:
             planner(*arguments)
-    return sum(event.count for event in profile.key_averages() if event.key == "specmpc::fused_mlp")
+    return Counter({event.key: event.count for event in profile.key_averages() if event.key.startswith("specmpc::")})
 
 
 @pytest.mark.compiler
 def test_a_compiled_planner_uses_them_and_takes_over_new_weights() -> None:
     model, other = make_model(), make_model()
     planner = BatchedPlanner(model, SMALL, kernels=compiled_kernels())
-    # dynamics and reward at three steps, the policy prior and two Q-heads in two iterations; the prior's own rollouts before
-    assert nets_called(planner, model) == 2 * (3 + 3 + 1 + 2) + 3 * 3
+    # The prior's rollouts, two iterations, and the latents of three steps.
+    assert calls(planner, model) == {"specmpc::prior_rollouts": 1, "specmpc::iterate": 2, "specmpc::fused_mlp": 3}
     with torch.no_grad():
         for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
             mine.copy_(theirs + 0.01)
@@ -119,8 +120,8 @@ def test_a_planner_in_int8_searches_in_8_bits_and_predicts_in_fp32(monkeypatch: 
     monkeypatch.setattr(native, "multiplies", lambda _: True)
     model = make_model()
     planner = BatchedPlanner(model, SMALL, dtype=torch.int8, kernels=compiled_kernels())
-    assert nets_called(planner, model) == nets_called(BatchedPlanner(model, SMALL, kernels=compiled_kernels()), model)
-    assert planner._compute_model.dynamics.packed.weights.dtype is torch.int8
+    assert calls(planner, model) == calls(BatchedPlanner(model, SMALL, kernels=compiled_kernels()), model)
+    assert planner._networks._search.dynamics.packed.weights.dtype is torch.int8
     arguments = torch.rand(1, 16), torch.zeros(1, 3, 2), torch.tensor([1]), torch.tensor([3])
     with torch.inference_mode():
         found, exact = planner(*arguments), BatchedPlanner(model, SMALL)(*arguments)

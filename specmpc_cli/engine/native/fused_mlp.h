@@ -85,13 +85,17 @@ inline void norm_softmax_row(
   softmax_row(x, dim, size, y);
 }
 
-// Bins of a distribution over scalars: so many, evenly spaced from low to high, in symlog space (twohot.py).
+// Bins of a distribution over scalars: so many, evenly spaced from low to high, in symlog space (twohot.py). They are counted from the
+// middle, so that near it no digits cancel.
 struct Bins {
   int64_t count;
-  float low, step;
+  float middle, step;
+
+  Bins(int64_t count, double low, double high) : count(count), middle((low + high) / 2.0), step((high - low) / (count - 1)) {}
 
   // The expected scalar of one row of logits, to which `shift` is added; they are overwritten.
   float expected(float* logits, const float* shift) const {
+    const float half = static_cast<float>(count - 1) / 2.0f;
     float most = -std::numeric_limits<float>::infinity(), sum = 0.0f, weighted = 0.0f;
 #pragma omp simd reduction(max : most)
     for (int64_t j = 0; j < count; ++j) {
@@ -102,9 +106,9 @@ struct Bins {
     for (int64_t j = 0; j < count; ++j) {
       const float e = exp_for_mish(logits[j] - most);
       sum += e;
-      weighted += e * static_cast<float>(static_cast<int32_t>(j));  // 64 bits have no conversion without AVX-512
+      weighted += e * (static_cast<float>(static_cast<int32_t>(j)) - half);  // 64 bits have no conversion without AVX-512
     }
-    const float mean = low + step * (weighted / sum);
+    const float mean = middle + step * (weighted / sum);
     return std::copysign(std::expm1(std::abs(mean)), mean);
   }
 };
@@ -182,17 +186,19 @@ class Layers {
   int64_t weights() const { return weights_; }
   int64_t vectors() const { return vectors_; }
   int64_t dim(size_t layer) const { return dims_[layer]; }
-  const Product& first() const { return products_[0]; }
 
-  // Rows that are taken through all layers at a time: so few that with their sums they stay in the second cache, beside weights of a
-  // moderate size; larger ones are better read less often.
-  int64_t block_rows() const {
-    constexpr int64_t kFew = 64, kModerate = 1 << 20;
-    return round_up(weights_ * sizeof(Weight) > kModerate ? 2 * kFew : kFew, Product::kRows);
+  // What one row of the leading `skipped` inputs, followed by zeros, adds to the first layer's outputs, the bias included.
+  std::vector<float> shift(const float* shared, int64_t skipped, const Weight* weight, const float* vector) const {
+    const Product& first = products_[0];
+    std::vector<float> row(dims_[0]), sums(Product::kRows * first.padded_outputs());
+    std::copy_n(shared, skipped, row.begin());
+    first.multiply(row.data(), row.size(), 1, 0, weight, sums.data());
+    for (int64_t j = 0; j < dims_[1]; ++j) sums[j] += vector[j];
+    return sums;
   }
 
-  // `count` rows, at most block_rows(), `step` apart, which lack the first `skipped` inputs; `shift` has what is added to the first
-  // product. → y, rows of the last layer's outputs, or what is expected of them.
+  // `count` rows, `step` apart, which lack the first `skipped` inputs; `shift` has what is added to the first product. → y, rows of the
+  // last layer's outputs, `y_step` apart, or what is expected of each. If they are as far apart as the rows, they may take their place.
   void compute(
       const float* x,
       int64_t step,
@@ -201,7 +207,40 @@ class Layers {
       const Weight* weight,
       const float* vector,
       const float* shift,
-      float* y) const {
+      float* y,
+      int64_t y_step) const {
+    const int64_t some = block_rows();
+    for (int64_t r = 0; r < count; r += some) {
+      compute_block(x + r * step, step, std::min(some, count - r), skipped, weight, vector, shift, y + r * y_step, y_step);
+    }
+  }
+
+ private:
+  std::vector<int64_t> dims_;
+  std::vector<Product> products_;
+  int64_t softmax_size_, widest_ = 0, weights_ = 0, vectors_ = 0;
+  std::optional<Bins> bins_;
+
+  bool is_last(size_t layer) const { return layer + 2 == dims_.size(); }
+  int64_t vectors_of(size_t layer) const { return is_last(layer) && softmax_size_ == 0 ? 1 : 3; }
+
+  // Rows that are taken through all layers at a time: so few that with their sums they stay in the second cache, beside weights of a
+  // moderate size; larger ones are better read less often.
+  int64_t block_rows() const {
+    constexpr int64_t kFew = 64, kModerate = 1 << 20;
+    return round_up(weights_ * sizeof(Weight) > kModerate ? 2 * kFew : kFew, Product::kRows);
+  }
+
+  void compute_block(
+      const float* x,
+      int64_t step,
+      int64_t count,
+      int64_t skipped,
+      const Weight* weight,
+      const float* vector,
+      const float* shift,
+      float* y,
+      int64_t y_step) const {
     static thread_local Scratch<float> sums_scratch;
     float* sums = sums_scratch.at_least(block_rows() * widest_);
     typename Product::Features features(block_rows(), widest_);
@@ -220,27 +259,18 @@ class Layers {
         if (!is_last(layer)) {
           products_[layer + 1].take(features, r, [&](auto made) { norm_mish_row(row, shift, norm_weight, norm_bias, dim, made); });
         } else if (softmax_size_ > 0) {
-          norm_softmax_row(row, shift, norm_weight, norm_bias, dim, softmax_size_, y + r * dim);
+          norm_softmax_row(row, shift, norm_weight, norm_bias, dim, softmax_size_, y + r * y_step);
         } else if (bins_) {
-          y[r] = bins_->expected(row, shift);
+          y[r * y_step] = bins_->expected(row, shift);
         } else {
 #pragma omp simd
-          for (int64_t j = 0; j < dim; ++j) y[r * dim + j] = row[j] + shift[j];
+          for (int64_t j = 0; j < dim; ++j) y[r * y_step + j] = row[j] + shift[j];
         }
       }
       weight += product.packed_size();
       vector += vectors_of(layer) * dim;
     }
   }
-
- private:
-  std::vector<int64_t> dims_;
-  std::vector<Product> products_;
-  int64_t softmax_size_, widest_ = 0, weights_ = 0, vectors_ = 0;
-  std::optional<Bins> bins_;
-
-  bool is_last(size_t layer) const { return layer + 2 == dims_.size(); }
-  int64_t vectors_of(size_t layer) const { return is_last(layer) && softmax_size_ == 0 ? 1 : 3; }
 };
 
 // Each group's weights and vectors.
@@ -261,29 +291,19 @@ void compute_mlp(const Rows& x, const std::optional<Rows>& shared, const Heads& 
   using Weight = typename Product::Weight;
   const bool fits = heads.packed.size(-1) == layers.weights() && heads.vectors.size(-1) == layers.vectors();
   TORCH_CHECK(fits, "fused_mlp: weights packed for other sizes");
-  const Product& first = layers.first();
-  const int64_t skipped = shared ? shared->dim : 0, first_dim = layers.dim(1);
+  const int64_t skipped = shared ? shared->dim : 0;
   const auto row_of = [](const Rows& rows, int64_t group, int64_t row) { return rows.of<float>(rows.groups == 1 ? 0 : group, row); };
-  std::vector<float> shifts;  // of the first layer, with what the shared inputs contribute
-  if (shared) {
-    std::vector<float> row(skipped + x.dim), sums(Product::kRows * first.padded_outputs());
-    for (int64_t group = 0; group < y.groups; ++group) {
-      std::copy_n(row_of(*shared, group, 0), skipped, row.begin());
-      first.multiply(row.data(), row.size(), 1, 0, heads.weights<Weight>(group), sums.data());
-      for (int64_t j = 0; j < first_dim; ++j) shifts.push_back(sums[j] + heads.vector(group)[j]);
-    }
+  std::vector<std::vector<float>> shifts;  // of the first layer, with what the shared inputs contribute
+  for (int64_t group = 0; shared && group < y.groups; ++group) {
+    shifts.push_back(layers.shift(row_of(*shared, group, 0), skipped, heads.weights<Weight>(group), heads.vector(group)));
   }
-  const int64_t block_rows = layers.block_rows();
   const int64_t tiles = (y.count + Product::kRows - 1) / Product::kRows;
-  at::parallel_for(0, y.groups * tiles, std::max<int64_t>(1, kGrain / first_dim / Product::kRows), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, y.groups * tiles, std::max<int64_t>(1, kGrain / layers.dim(1) / Product::kRows), [&](int64_t begin, int64_t end) {
     for_runs(begin, end, tiles, [&](int64_t group, int64_t first_tile, int64_t some) {
-      const int64_t last = std::min((first_tile + some) * Product::kRows, y.count);
-      const float *vectors = heads.vector(group), *shift = shared ? shifts.data() + group * first_dim : vectors;
-      for (int64_t row = first_tile * Product::kRows; row < last; row += block_rows) {
-        const int64_t count = std::min(block_rows, last - row);
-        float* to = y.of<float>(group, row);
-        layers.compute(row_of(x, group, row), x.step, count, skipped, heads.weights<Weight>(group), vectors, shift, to);
-      }
+      const int64_t row = first_tile * Product::kRows, count = std::min(some * Product::kRows, y.count - row);
+      const float *vectors = heads.vector(group), *shift = shared ? shifts[group].data() : vectors;
+      const float* from = row_of(x, group, row);
+      layers.compute(from, x.step, count, skipped, heads.weights<Weight>(group), vectors, shift, y.of<float>(group, row), y.step);
     });
   });
 }
@@ -326,7 +346,7 @@ inline at::Tensor fused_mlp(
   std::optional<Bins> bins;
   if (range) {
     TORCH_CHECK(range->size() == 2 && softmax_size == 0 && dims.back() > 1, "fused_mlp: a range is of bins, from the first to the last");
-    bins = Bins{dims.back(), static_cast<float>((*range)[0]), static_cast<float>(((*range)[1] - (*range)[0]) / (dims.back() - 1))};
+    bins.emplace(dims.back(), (*range)[0], (*range)[1]);
   }
   const Rows in(x);
   const std::optional<Rows> in_common = shared ? std::make_optional<Rows>(*shared) : std::nullopt;

@@ -1,0 +1,64 @@
+"""The planner's functions for a packed model, as a CPU computes them: each in one call of ours (engine/native/search.h).
+
+The formulas are planner.py's. A call takes every candidate through all steps and networks, so that between calls there is nothing left to
+compile, and a plan has next to no Python.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specmpc_cli.engine.packed import PackedMlp
+from specmpc_cli.engine.planner import PlannerSettings, Rollouts, Search
+from specmpc_cli.engine.world_model import WorldModel
+
+
+def prior_rollouts(model: WorldModel, z: Tensor, eps: Tensor, discount: float) -> Rollouts:
+    """As `planner.prior_rollouts`."""
+    return Rollouts(*torch.ops.specmpc.prior_rollouts(z, eps, discount, *_networks(model)))
+
+
+def iterate(
+    model: WorldModel,
+    z: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    prior: Rollouts,
+    sample_eps: Tensor,
+    terminal_eps: Tensor,
+    q_index: Tensor,
+    settings: PlannerSettings,
+) -> Search:
+    """As `planner.iterate`; elites of one value are in the order of the candidates."""
+    s = settings
+    numbers = s.num_elites, s.discount, s.temperature, s.min_std, s.max_std
+    found = torch.ops.specmpc.iterate(z, mean, std, prior, sample_eps, terminal_eps, q_index, *_networks(model), *numbers)
+    return Search(*found)
+
+
+class PackedDynamics:
+    """A model's dynamics alone, packed as they are: in fp32."""
+
+    @torch.inference_mode(False)
+    def __init__(self, model: WorldModel) -> None:
+        self._net = model.dynamics
+        self._packed = PackedMlp(*self._net.values(), self._net.ends_in)
+
+    def next(self, z: Tensor, a: Tensor) -> Tensor:
+        """z [B, Z] and a [B, A] → [B, Z]."""
+        return self._packed(torch.cat([z, a], dim=-1))
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Takes over the model's weights."""
+        self._packed.renew(*self._net.values())
+
+
+def _networks(model: WorldModel) -> tuple[list[Tensor], list[Tensor], list[int], list[float]]:
+    """Weights, vectors, sizes and ranges, as the operators take them."""
+    d = model.dims
+    nets = (model.dynamics, model.reward_net, model.pi_net, model.q.layers, model.termination_net)
+    packed = [net.packed for net in nets if net is not None and net.packed is not None]
+    sizes = [d.latent_dim, d.action_dim, d.mlp_dim, d.num_bins, d.simnorm_dim]
+    return [net.weights for net in packed], [net.vectors for net in packed], sizes, [d.vmin, d.vmax, d.log_std_min, d.log_std_max]
