@@ -286,14 +286,31 @@ def test_weights_for_other_groups_are_refused() -> None:
 )
 def test_kernels_of_other_processors_compute_the_same(flags: str, tmp_path: Path) -> None:
     """Built for tiles that this machine may refuse, or without such instructions at all: other blocks of rows and inputs, another way."""
+    run_built_with(flags, tmp_path)
+
+
+@pytest.mark.compiler
+def test_kernels_compute_the_same_in_tiles(tmp_path: Path) -> None:
+    """Emulated ones, as strict as a processor's, if this machine has none."""
+    told = tmp_path / "products"
+    run_built_with(
+        f"-mamx-tile -mamx-bf16 -include {Path(__file__).with_name('emulated_tiles.h')}", tmp_path, SPECMPC_EMULATED_TILES=str(told)
+    )
+    assert int(told.read_text()) > 10_000
+
+
+def run_built_with(flags: str, folder: Path, **environment: str) -> None:
+    """What products and the MLPs made of them are tested for, in a process whose kernels are built with these flags more."""
     if platform.machine() != "x86_64":
         pytest.skip("flags of x86 compilers")
-    compiler = tmp_path / "c++"
+    compiler = folder / "c++"
     compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" {flags}\n')
     compiler.chmod(0o755)
     in_test_native = "one_call_is or operands_only or any_size or not_finite or far_from or rounded_once or to_the_bit or stale"
-    chosen = ["-k", f"{in_test_native} or values_and_gradients or bf16_rounds or far_tails or side_by_side or threads"]
-    files = [__file__, str(Path(__file__).with_name("test_learnt_mlp.py"))]
+    in_test_learnt_mlp = "values_and_gradients or bf16_rounds or far_tails or side_by_side or threads"
+    in_test_packed_planner = "is_the_formulas or are_the_formulas or the_same_to_the_bit"
+    chosen = ["-k", f"{in_test_native} or {in_test_learnt_mlp} or {in_test_packed_planner}"]
+    files = [str(Path(__file__).with_name(name)) for name in ("test_native.py", "test_learnt_mlp.py", "test_packed_planner.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *chosen, *files]
-    run = subprocess.run(command, env={**os.environ, "CXX": str(compiler)}, capture_output=True, text=True)
+    run = subprocess.run(command, env={**os.environ, "CXX": str(compiler)} | environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]
