@@ -89,11 +89,13 @@ class Bf16Product {
       for (int64_t r = 0; r < count; r += kRows) {
         float* to = sums + r * padded_outputs() + panel * kOutputs;
         const Operand some{rows.x + r * rows.step, rows.step};
-        way(some, weights + panel * kOutputs * padded_in_, depth, to, padded_outputs(), false);
+        way(some, weights + panel * kOutputs * padded_in_, depth, out_ - panel * kOutputs, to, padded_outputs(), false);
       }
     }
   }
 
+  // As Fp32Product's.
+  static Moments moments_of(float* row, const float* shift, int64_t dim) { return rough_shifted(row, shift, dim); }
   // Inputs that another layer makes, row by row.
   template <typename Make>
   void take(Features& features, int64_t r, Make make) const {
@@ -134,7 +136,7 @@ class Bf16Product {
   static void over_rows(
       const at::BFloat16* left, const at::BFloat16* right, int64_t, int64_t from, int64_t end, float* sums, int64_t step, bool add) {
     const Operand rows{left + from * kRows, kInputs, kInputs * kRows};
-    in_best_way()(rows, right + from * kOutputs, end - from, sums, step, add);
+    in_best_way()(rows, right + from * kOutputs, end - from, kOutputs, sums, step, add);
   }
 
   // Whether this machine has instructions for such products.
@@ -157,8 +159,9 @@ class Bf16Product {
     int64_t step, inputs_step = kInputs;
   };
 
-  // kRows rows of `depth` inputs with one panel of weights → kOutputs sums of each row, `step` apart; `add`: to what is there.
-  using Way = void (*)(const Operand& rows, const at::BFloat16* panel, int64_t depth, float* sums, int64_t step, bool add);
+  // kRows rows of `depth` inputs with one panel of weights → kOutputs sums of each row, `step` apart, of which `needed` are somebody's;
+  // `add`: to what is there.
+  using Way = void (*)(const Operand& rows, const at::BFloat16* panel, int64_t depth, int64_t needed, float* sums, int64_t step, bool add);
 
   static constexpr int64_t kBlock = kOutputs / 2;
 
@@ -253,7 +256,8 @@ class Bf16Product {
 #endif
   }
 
-  static void in_plain_loops(const Operand& rows, const at::BFloat16* panel, int64_t depth, float* sums, int64_t step, bool add) {
+  static void in_plain_loops(
+      const Operand& rows, const at::BFloat16* panel, int64_t depth, int64_t /* needed */, float* sums, int64_t step, bool add) {
     for (int64_t r = 0; r < kRows; ++r) {
       float total[kOutputs] = {};
       if (add) std::copy_n(sums + r * step, kOutputs, total);
@@ -268,39 +272,39 @@ class Bf16Product {
 
 #ifdef __AVX512BF16__
   // As in_plain_loops; an instruction adds a pair's products for 16 outputs.
-  static void in_vectors(const Operand& rows, const at::BFloat16* panel, int64_t depth, float* sums, int64_t step, bool add) {
-    if (rows.inputs_step == kInputs) return sums_in_vectors<kInputs>(rows, panel, depth, sums, step, add);
-    sums_in_vectors<kInputs * kRows>(rows, panel, depth, sums, step, add);
+  static void in_vectors(
+      const Operand& rows, const at::BFloat16* panel, int64_t depth, int64_t needed, float* sums, int64_t step, bool add) {
+    if (rows.inputs_step != kInputs) return sums_in_vectors<kInputs * kRows, 2>(rows, panel, depth, sums, step, add);
+    if (needed > kLanes) return sums_in_vectors<kInputs, 2>(rows, panel, depth, sums, step, add);
+    sums_in_vectors<kInputs, 1>(rows, panel, depth, sums, step, add);
   }
 
-  template <int64_t kInputsStep>
+  static constexpr int64_t kLanes = 16;
+
+  // V·kLanes sums of each row.
+  template <int64_t kInputsStep, int64_t V>
   static void sums_in_vectors(const Operand& rows, const at::BFloat16* panel, int64_t depth, float* sums, int64_t step, bool add) {
-    constexpr int64_t kHeld = 8, kLanes = 16;  // rows and outputs whose sums fill half of the registers
+    constexpr int64_t kHeld = 8;  // rows whose sums fill half of the registers, or a quarter
     for (int64_t first = 0; first < kRows; first += kHeld) {
       const int64_t row_step = kInputsStep == kInputs ? rows.step : kInputs;
       const at::BFloat16* x = rows.x + first * row_step;
-      __m512 sum[kHeld][2] = {};
+      __m512 sum[kHeld][V] = {};
       for (int64_t r = 0; add && r < kHeld; ++r) {
-        const float* from = sums + (first + r) * step;
-        sum[r][0] = _mm512_loadu_ps(from);
-        sum[r][1] = _mm512_loadu_ps(from + kLanes);
+        for (int64_t v = 0; v < V; ++v) sum[r][v] = _mm512_loadu_ps(sums + (first + r) * step + v * kLanes);
       }
 #pragma GCC unroll 4
       for (int64_t k = 0; k < depth; k += 2) {
-        const at::BFloat16* weights = panel + k / 2 * kPanelStep;
-        const __m512bh left = (__m512bh)_mm512_loadu_si512(weights), right = (__m512bh)_mm512_loadu_si512(weights + 2 * kLanes);
+        __m512bh weights[V];
+        for (int64_t v = 0; v < V; ++v) weights[v] = (__m512bh)_mm512_loadu_si512(panel + k / 2 * kPanelStep + v * 2 * kLanes);
         for (int64_t r = 0; r < kHeld; ++r) {
           int32_t pair;
           std::memcpy(&pair, x + r * row_step + k / kInputs * kInputsStep + k % kInputs, sizeof(pair));
           const __m512bh everywhere = (__m512bh)_mm512_set1_epi32(pair);
-          sum[r][0] = _mm512_dpbf16_ps(sum[r][0], left, everywhere);
-          sum[r][1] = _mm512_dpbf16_ps(sum[r][1], right, everywhere);
+          for (int64_t v = 0; v < V; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], weights[v], everywhere);
         }
       }
       for (int64_t r = 0; r < kHeld; ++r) {
-        float* to = sums + (first + r) * step;
-        _mm512_storeu_ps(to, sum[r][0]);
-        _mm512_storeu_ps(to + kLanes, sum[r][1]);
+        for (int64_t v = 0; v < V; ++v) _mm512_storeu_ps(sums + (first + r) * step + v * kLanes, sum[r][v]);
       }
     }
   }
@@ -324,10 +328,12 @@ class Bf16Product {
   static void in_memory(const void* data) { asm volatile("" : : "r"(data) : "memory"); }
 
   // As in_plain_loops; needs a Session.
-  static void in_tiles(const Operand& rows, const at::BFloat16* panel, int64_t depth, float* sums, int64_t step, bool add) {
+  static void in_tiles(
+      const Operand& rows, const at::BFloat16* panel, int64_t depth, int64_t needed, float* sums, int64_t step, bool add) {
     constexpr int64_t kTile = 16, kPanelBytes = kPanelStep * sizeof(at::BFloat16);
     const at::BFloat16 *upper = rows.x, *lower = rows.x + kTile * rows.step;
     const int64_t row_bytes = rows.step * sizeof(at::BFloat16), sum_bytes = step * sizeof(float);
+    const bool both = needed > kTile;  // tiles of outputs
     in_memory(rows.x);
     if (add) {
       _tile_loadd(0, sums, sum_bytes);
@@ -345,10 +351,11 @@ class Bf16Product {
       _tile_loadd(4, upper + k / kInputs * rows.inputs_step, row_bytes);
       _tile_loadd(5, lower + k / kInputs * rows.inputs_step, row_bytes);
       _tile_loadd(6, weights, kPanelBytes);
-      _tile_loadd(7, weights + 2 * kTile, kPanelBytes);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
       _tile_dpbf16ps(2, 5, 6);
+      if (!both) continue;
+      _tile_loadd(7, weights + 2 * kTile, kPanelBytes);
+      _tile_dpbf16ps(1, 4, 7);
       _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, sums, sum_bytes);
@@ -368,8 +375,8 @@ class Bf16Product {
     bool right = true;
     for (const Operand& rows : {Operand{x.data(), kStep}, Operand{x.data(), kInputs, kInputs * kRows}}) {
       for (const bool add : {false, true}) {
-        in_tiles(rows, panel.data(), kDepth, ours.data(), kSumStep, add);
-        in_plain_loops(rows, panel.data(), kDepth, plain.data(), kSumStep, add);
+        in_tiles(rows, panel.data(), kDepth, kOutputs, ours.data(), kSumStep, add);
+        in_plain_loops(rows, panel.data(), kDepth, kOutputs, plain.data(), kSumStep, add);
         right = right && ours == plain;
       }
     }

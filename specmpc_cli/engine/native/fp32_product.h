@@ -67,6 +67,8 @@ class Fp32Product {
       }
     }
   }
+  // A row of sums takes its layer's shift → what LayerNorm needs of it, as exactly as the next product takes what is made of it.
+  static Moments moments_of(float* row, const float* shift, int64_t dim) { return shifted(row, shift, dim); }
   // Inputs that another layer makes, row by row.
   template <typename Make>
   void take(Features& features, int64_t r, Make make) const {

@@ -78,10 +78,10 @@ inline void softmax_row(float* x, int64_t dim, int64_t size, float* y) {
 // y = SimNorm(LayerNorm(x + shift)) of one row; x is overwritten.
 inline void norm_softmax_row(
     float* x, const float* shift, const float* weight, const float* bias, int64_t dim, int64_t size, float* y) {
-  const Moments found = moments(dim, [x, shift](int64_t j) { return x[j] + shift[j]; });
+  const Moments found = shifted(x, shift, dim);
   const float mean = found.mean, inverse_std = found.inverse_std;
 #pragma omp simd
-  for (int64_t j = 0; j < dim; ++j) x[j] = (x[j] + shift[j] - mean) * inverse_std * weight[j] + bias[j];
+  for (int64_t j = 0; j < dim; ++j) x[j] = (x[j] - mean) * inverse_std * weight[j] + bias[j];
   softmax_row(x, dim, size, y);
 }
 
@@ -254,11 +254,19 @@ class Layers {
         shift = vector;
       }
       const float *norm_weight = vector + dim, *norm_bias = norm_weight + dim;  // where there is a norm
-      for (int64_t r = 0; r < count; ++r) {
-        float* row = sums + r * sums_step;
-        if (!is_last(layer)) {
-          products_[layer + 1].take(features, r, [&](auto made) { norm_mish_row(row, shift, norm_weight, norm_bias, dim, made); });
-        } else if (softmax_size_ > 0) {
+      const auto row_of = [=](int64_t r) { return sums + r * sums_step; };
+      for (int64_t first = 0; first < count && !is_last(layer); first += kTogether) {
+        const int64_t end = std::min(first + kTogether, count);
+        Moments found[kTogether];
+        for (int64_t r = first; r < end; ++r) found[r - first] = Product::moments_of(row_of(r), shift, dim);
+        for (int64_t r = first; r < end; ++r) {
+          const Moments& own = found[r - first];
+          products_[layer + 1].take(features, r, [&](auto made) { mish_row(row_of(r), own, norm_weight, norm_bias, dim, made); });
+        }
+      }
+      for (int64_t r = 0; r < count && is_last(layer); ++r) {
+        float* row = row_of(r);
+        if (softmax_size_ > 0) {
           norm_softmax_row(row, shift, norm_weight, norm_bias, dim, softmax_size_, y + r * y_step);
         } else if (bins_) {
           y[r * y_step] = bins_->expected(row, shift);

@@ -10,9 +10,9 @@
 #pragma once
 
 #include "products.h"
-#include "rough_rows.h"
 
 #include <limits>
+#include <span>
 
 namespace specmpc {
 
@@ -64,15 +64,46 @@ struct RoundedRows {
     for (; k < count; ++k) y[k] = static_cast<uint8_t>(std::clamp(static_cast<int32_t>(std::rint(x[k] * inverse)) + zero, 0, 255));
   }
 
-  // What rounding row r has left of x, in place of it.
-  void rest(int64_t r, float* x, int64_t count) const {
+  // As above, and what that leaves of x, which is half a step at most, into row r of `rest`.
+  void round_twice(int64_t r, const float* x, const Spread& found, int64_t count, const RoundedRows& rest) const {
+    round(r, x, found, count);
+    constexpr int32_t kMiddle = 128;
     const uint8_t* y = values + r * step;
-    const float scale = scales[r];
+    const float size = scales[r];
     const int32_t zero = zeros[r];
-#pragma omp simd
-    for (int64_t k = 0; k < count; ++k) x[k] -= static_cast<float>(y[k] - zero) * scale;
+    const Steps steps(size, 255.0f);
+    uint8_t* to = rest.values + r * rest.step;
+    rest.scales[r] = found.finite ? steps.size : 0.0f;
+    rest.zeros[r] = kMiddle;
+    std::fill(to + count, to + rest.step, static_cast<uint8_t>(kMiddle));
+    int64_t k = 0;
+#ifdef SPECMPC_VNNI
+    const __m512 whole_size = _mm512_set1_ps(size), factor = _mm512_set1_ps(steps.inverse);
+    const __m512i zeros = _mm512_set1_epi32(zero), middle = _mm512_set1_epi32(kMiddle);
+    for (; k + 16 <= count; k += 16) {
+      const __m512i level = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(y + k)));
+      const __m512 left = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(level, zeros)), whole_size, _mm512_loadu_ps(x + k));
+      const __m512i part = _mm512_add_epi32(_mm512_cvtps_epi32(left * factor), middle);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + k), _mm512_cvtusepi32_epi8(_mm512_max_epi32(part, _mm512_setzero_si512())));
+    }
+#endif
+    for (; k < count; ++k) {
+      const float left = x[k] - static_cast<float>(y[k] - zero) * size;
+      to[k] = static_cast<uint8_t>(std::clamp(static_cast<int32_t>(std::rint(left * steps.inverse)) + kMiddle, 0, 255));
+    }
   }
 };
+
+// Sixteen values side by side.
+typedef int32_t Ints __attribute__((vector_size(64), may_alias));
+typedef float Floats __attribute__((vector_size(64), may_alias));
+
+template <typename Values>
+SPECMPC_INLINED Values loaded(const void* from) {
+  Values values;
+  std::memcpy(&values, from, sizeof(values));
+  return values;
+}
 
 // Sums fit 32 bits for kMostInputs inputs and fewer.
 class Int8Product {
@@ -132,26 +163,31 @@ class Int8Product {
   // `count` rows, `step` apart, of all inputs but the first `skipped` → sums [count, padded_outputs()], behind which there is room up to a
   // multiple of kRows.
   void multiply(const float* x, int64_t step, int64_t count, int64_t skipped, const int8_t* packed, float* sums) const {
+    static thread_local RowsScratch scratch[2];
     const int64_t end = skipped < care_.apart && care_.apart < in_ ? care_.apart : in_;
-    multiply_part(x, step, count, skipped, end, packed, sums, false);
-    if (end < in_) multiply_part(x + end - skipped, step, count, end, in_, packed, sums, true);
+    const Operand first = rounded(x, step, count, skipped, end, scratch[0]);
+    if (end == in_) return multiply_rounded({&first, 1}, count, packed, sums);
+    const Operand both[] = {first, rounded(x + end - skipped, step, count, end, in_, scratch[1])};
+    multiply_rounded(both, count, packed, sums);
   }
 
+  // As Fp32Product's.
+  static Moments moments_of(float* row, const float* shift, int64_t dim) { return rough_shifted(row, shift, dim); }
   // Inputs that another layer makes, row by row.
   template <typename Make>
   void take(Features& features, int64_t r, Make make) const {
     features.rows.step = features.rest.step = padded_in_;
     Spread found;
     make(RoughRow{features.row, &found});
-    features.rows.round(r, features.row, found, in_);
     if (care_.fine) {
-      features.rows.rest(r, features.row, in_);
-      features.rest.round(r, features.row, in_);
+      features.rows.round_twice(r, features.row, found, in_, features.rest);
+    } else {
+      features.rows.round(r, features.row, found, in_);
     }
   }
   void multiply(const Features& features, int64_t count, const int8_t* packed, float* sums) const {
-    multiply_rounded(features.rows, count, 0, packed, sums, false);
-    if (care_.fine) multiply_rounded(features.rest, count, 0, packed, sums, true);
+    const Operand both[] = {{features.rows, 0}, {features.rest, 0}};
+    multiply_rounded({both, care_.fine ? 2u : 1u}, count, packed, sums);
   }
 
   // Whether this machine has instructions for such products.
@@ -165,6 +201,8 @@ class Int8Product {
 
  private:
   static constexpr int64_t kScales = kOutputs * sizeof(float), kHead = kScales + kOutputs * sizeof(int32_t);  // bytes
+  static constexpr int64_t kLanes = kOutputs / 2;
+  static constexpr size_t kMostOperands = 2;
 
   int64_t in_, out_, padded_in_;
   Care care_;
@@ -180,71 +218,105 @@ class Int8Product {
 
   int64_t panel_size() const { return kHead + kOutputs * padded_in_; }
 
+  // Rows of the inputs from `first` on, a multiple of kInputs; as many as they have.
+  struct Operand {
+    RoundedRows rows;
+    int64_t first;
+  };
+
   // Of the inputs from `begin` to `end`, which rows of x have.
-  void multiply_part(
-      const float* x, int64_t step, int64_t count, int64_t begin, int64_t end, const int8_t* packed, float* sums, bool add) const {
-    static thread_local RowsScratch scratch;
+  static Operand rounded(const float* x, int64_t step, int64_t count, int64_t begin, int64_t end, RowsScratch& scratch) {
     const int64_t first = begin / kInputs * kInputs;
     const RoundedRows rows = scratch.at_least(round_up(count, kRows), round_up(end - first, kInputs));
     for (int64_t r = 0; r < count; ++r) rows.round(r, x + r * step, end - first, begin - first);
-    multiply_rounded(rows, count, first, packed, sums, add);
+    return {rows, first};
   }
 
-  // Of the inputs from `first` on, as many as the rows have. What is computed for rows beyond `count` is nobody's.
-  void multiply_rounded(const RoundedRows& rows, int64_t count, int64_t first, const int8_t* packed, float* sums, bool add) const {
-    const int64_t depth = rows.step;
-    const bool all = depth == padded_in_;
-    const std::vector<uint8_t> ones(all ? 0 : depth, 1);  // a row of which sums a part of the weights
+  // The sum of all operands' products. What is computed for rows beyond `count` is nobody's.
+  void multiply_rounded(std::span<const Operand> operands, int64_t count, const int8_t* packed, float* sums) const {
     for (int64_t panel = 0; panel < panels(); ++panel) {
-      const int8_t *head = packed + panel * panel_size(), *weights = head + kHead + first * kOutputs;
-      const float* weight_scales = reinterpret_cast<const float*>(head);
-      int32_t found[kRows * kOutputs], some_sums[kOutputs];
-      if (!all) tile<1>(ones.data(), depth, weights, some_sums);
-      const int32_t* weight_sums = all ? reinterpret_cast<const int32_t*>(head + kScales) : some_sums;
-      for (int64_t r = 0; r < count; r += kRows) {
-        tile<kRows>(rows.values + r * depth, depth, weights, found);
-        for (int64_t i = 0; i < kRows; ++i) {
-          const int32_t zero = rows.zeros[r + i];
-          const float scale = rows.scales[r + i];
-          float* to = sums + (r + i) * padded_outputs() + panel * kOutputs;
-#pragma omp simd
-          for (int64_t j = 0; j < kOutputs; ++j) {
-            to[j] = (add ? to[j] : 0.0f) + (found[i * kOutputs + j] - zero * weight_sums[j]) * (scale * weight_scales[j]);
-          }
-        }
+      const int8_t* head = packed + panel * panel_size();
+      float* to = sums + panel * kOutputs;
+      if (out_ - panel * kOutputs > kLanes) {
+        multiply_panel<2>(operands, count, head, to);
+      } else {
+        multiply_panel<1>(operands, count, head, to);
       }
     }
   }
 
-  // R rows of `depth` inputs with one panel of weights → sums [R, kOutputs].
-  template <int64_t R>
-  static void tile(const uint8_t* x, int64_t depth, const int8_t* weights, int32_t* sums) {
+  // V·kLanes of a panel's outputs.
+  template <int64_t V>
+  void multiply_panel(std::span<const Operand> operands, int64_t count, const int8_t* head, float* sums) const {
+    Floats weight_scales[V];
+    for (int64_t v = 0; v < V; ++v) weight_scales[v] = loaded<Floats>(head + v * sizeof(Floats));
+    Ints weight_sums[kMostOperands][V];
+    for (size_t o = 0; o < operands.size(); ++o) sum_weights(operands[o], head, weight_sums[o]);
+    for (int64_t r = 0; r < count; r += kRows) {
+      float* to = sums + r * padded_outputs();
+      multiply_tile<V, false>(operands[0], r, head, weight_scales, weight_sums[0], to);
+      for (size_t o = 1; o < operands.size(); ++o) multiply_tile<V, true>(operands[o], r, head, weight_scales, weight_sums[o], to);
+    }
+  }
+
+  // kRows rows from r on; `kAdd`: to what is there.
+  template <int64_t V, bool kAdd>
+  void multiply_tile(
+      const Operand& operand, int64_t r, const int8_t* head, const Floats (&weight_scales)[V], const Ints (&weight_sums)[V], float* sums) const {
+    const RoundedRows& rows = operand.rows;
+    Ints found[kRows][V] = {};
+    dot<kRows, V>(rows.values + r * rows.step, rows.step, head + kHead + operand.first * kOutputs, found);
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kRows; ++i) {
+      float* to = sums + i * padded_outputs();
+#pragma GCC unroll 2
+      for (int64_t v = 0; v < V; ++v) {
+        const Ints own = found[i][v] - rows.zeros[r + i] * weight_sums[v];
+        Floats value = __builtin_convertvector(own, Floats) * (rows.scales[r + i] * weight_scales[v]);
+        if constexpr (kAdd) value += loaded<Floats>(to + v * kLanes);
+        std::memcpy(to + v * kLanes, &value, sizeof(value));
+      }
+    }
+  }
+
+  // Of the inputs that an operand has.
+  template <int64_t V>
+  void sum_weights(const Operand& operand, const int8_t* head, Ints (&sums)[V]) const {
+    const int64_t depth = operand.rows.step;
+    if (depth == padded_in_) {
+      for (int64_t v = 0; v < V; ++v) sums[v] = loaded<Ints>(head + kScales + v * sizeof(Ints));
+      return;
+    }
+    static thread_local Scratch<uint8_t> scratch;
+    uint8_t* ones = scratch.at_least(depth);
+    std::fill_n(ones, depth, uint8_t{1});
+    Ints found[1][V] = {};
+    dot<1, V>(ones, depth, head + kHead + operand.first * kOutputs, found);
+    std::copy_n(found[0], V, sums);
+  }
+
+  // R rows of `depth` inputs with the weights of V·kLanes outputs, added to `sums`.
+  template <int64_t R, int64_t V>
+  static void dot(const uint8_t* x, int64_t depth, const int8_t* weights, Ints (&sums)[R][V]) {
 #ifdef SPECMPC_VNNI
-    constexpr int64_t kLanes = 16;
-    __m512i sum[R][2];
-    for (int64_t r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
 #pragma GCC unroll 4
     for (int64_t k = 0; k < depth; k += kInputs) {
-      const int8_t* fours = weights + k * kOutputs;
-      const __m512i left = _mm512_loadu_si512(fours), right = _mm512_loadu_si512(fours + kInputs * kLanes);
+      Ints fours[V];
+      for (int64_t v = 0; v < V; ++v) fours[v] = loaded<Ints>(weights + k * kOutputs + v * sizeof(Ints));
+#pragma GCC unroll 8
       for (int64_t r = 0; r < R; ++r) {
         int32_t four;
         std::memcpy(&four, x + r * depth + k, sizeof(four));
-        const __m512i everywhere = _mm512_set1_epi32(four);
-        sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], everywhere, left);
-        sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], everywhere, right);
+        for (int64_t v = 0; v < V; ++v) {
+          sums[r][v] = (Ints)_mm512_dpbusd_epi32((__m512i)sums[r][v], _mm512_set1_epi32(four), (__m512i)fours[v]);
+        }
       }
     }
-    for (int64_t r = 0; r < R; ++r) {
-      _mm512_storeu_si512(sums + r * kOutputs, sum[r][0]);
-      _mm512_storeu_si512(sums + r * kOutputs + kLanes, sum[r][1]);
-    }
 #else
-    std::fill_n(sums, R * kOutputs, 0);
     for (int64_t r = 0; r < R; ++r) {
       for (int64_t k = 0; k < depth; ++k) {
         const int8_t* ones = weights + k / kInputs * kInputs * kOutputs + k % kInputs;
-        for (int64_t j = 0; j < kOutputs; ++j) sums[r * kOutputs + j] += x[r * depth + k] * ones[kInputs * j];
+        for (int64_t j = 0; j < V * kLanes; ++j) sums[r][j / kLanes][j % kLanes] += x[r * depth + k] * ones[kInputs * j];
       }
     }
 #endif

@@ -156,10 +156,7 @@ class LearntMlp {
       }
       const Product product = Sizes::forth(layer);
       product.multiply(features, width, round_up(rows.count, Product::kRows), 0, weight, sums);
-      for (int64_t r = 0; r < rows.count; ++r) {
-        float* made = y.of<float>(rows.group, rows.first + r);
-        end_row(layer, rows.group, rows.first + r, sums + r * product.padded_outputs(), features + r * next, made);
-      }
+      end_rows(layer, rows, sums, product.padded_outputs(), features, next, y);
       weight += product.packed_size();
     }
   }
@@ -182,29 +179,48 @@ class LearntMlp {
     std::fill(rows + count * width, rows + round_up(count, Product::kRows) * width, Feature(0.0f));
   }
 
-  // A row of a layer's sums, which are overwritten → the next layer's features; or y, after the last.
-  void end_row(const LearntLayer& layer, int64_t group, int64_t row, float* sums, Feature* features, float* y) const {
-    const float* shift = given_.vector(layer, 0, group);
+  // A layer's sums, `step` apart, which are overwritten → the next layer's features, `width` apart; or y, after the last.
+  void end_rows(const LearntLayer& layer, const Block& rows, float* sums, int64_t step, Feature* features, int64_t width, const Rows& y) const {
+    const float* shift = given_.vector(layer, 0, rows.group);
     if (!layer.normed) {
+      for (int64_t r = 0; r < rows.count; ++r) {
+        float *to = y.of<float>(rows.group, rows.first + r), *from = sums + r * step;
 #pragma omp simd
-      for (int64_t j = 0; j < layer.out; ++j) y[j] = sums[j] + shift[j];
+        for (int64_t j = 0; j < layer.out; ++j) to[j] = from[j] + shift[j];
+      }
       return;
     }
-    const Norm norm{shift, factors(layer, group, row), given_.vector(layer, 1, group), given_.vector(layer, 2, group), layer.out};
-    Feature* kept = sizes_.keep == Keep::kNothing ? nullptr : sizes_.normed(kept_, layer, group, row);
-    float inverse_std;
+    Norm norm{shift, nullptr, given_.vector(layer, 1, rows.group), given_.vector(layer, 2, rows.group), layer.out};
+    for (int64_t first = 0; first < rows.count; first += kTogether) {
+      const int64_t end = std::min(first + kTogether, rows.count);
+      Moments found[kTogether];
+      for (int64_t r = first; r < end; ++r) {
+        norm.factors = factors(layer, rows.group, rows.first + r);
+        found[r - first] = shifted_row<Feature>(sums + r * step, norm);
+      }
+      for (int64_t r = first; r < end; ++r) {
+        const int64_t row = rows.first + r;
+        Feature* kept = sizes_.keep == Keep::kNothing ? nullptr : sizes_.normed(kept_, layer, rows.group, row);
+        if (kept) *sizes_.inverse_std(kept_, layer, rows.group, row) = found[r - first].inverse_std;
+        end_row(layer, norm, found[r - first], sums + r * step, kept, features + r * width, y.of<float>(rows.group, row));
+      }
+    }
+  }
+
+  // One row that has a norm.
+  void end_row(
+      const LearntLayer& layer, const Norm& norm, const Moments& found, float* sums, Feature* kept, Feature* features, float* y) const {
     if (sizes_.ends_in_simnorm(layer)) {
-      inverse_std = normalise_row(sums, norm);
+      normalise_row(sums, found, layer.out);
       if (kept) convert(sums, layer.out, kept);
 #pragma omp simd
       for (int64_t j = 0; j < layer.out; ++j) sums[j] = sums[j] * norm.weight[j] + norm.bias[j];
       softmax_row(sums, layer.out, sizes_.ends_in, y);
     } else if (sizes_.is_last(layer)) {
-      inverse_std = norm_mish_row(sums, norm, kept, y);
+      mish_row(sums, found, norm, kept, y);
     } else {
-      inverse_std = norm_mish_row(sums, norm, kept, features);
+      mish_row(sums, found, norm, kept, features);
     }
-    if (kept) *sizes_.inverse_std(kept_, layer, group, row) = inverse_std;
   }
 
   // Rows backwards through all layers; what vectors get is added to `sums`, and what sums get is packed into `left`, if that is given.

@@ -19,33 +19,32 @@ struct Norm {
   int64_t dim;
 };
 
-// Sums → what is normed, before weight and bias; → the inverse of the standard deviation.
-inline float normalise_row(float* x, const Norm& norm) {
+// x, the sums, ← (x + shift) · factors, and what LayerNorm needs of it.
+template <typename Feature>
+Moments shifted_row(float* x, const Norm& norm) {
   const float *shift = norm.shift, *factors = norm.factors;
-  if (factors) {
+  if (!factors) return shifted(x, shift, norm.dim);
 #pragma omp simd
-    for (int64_t j = 0; j < norm.dim; ++j) x[j] = (x[j] + shift[j]) * factors[j];
-  } else {
-#pragma omp simd
-    for (int64_t j = 0; j < norm.dim; ++j) x[j] += shift[j];
-  }
-  const Moments found = moments(norm.dim, [x](int64_t j) { return x[j]; });
-  const float mean = found.mean, inverse_std = found.inverse_std;
-#pragma omp simd
-  for (int64_t j = 0; j < norm.dim; ++j) x[j] = (x[j] - mean) * inverse_std;
-  return inverse_std;
+  for (int64_t j = 0; j < norm.dim; ++j) x[j] = (x[j] + shift[j]) * factors[j];
+  return moments(norm.dim, [x](int64_t j) { return x[j]; });
 }
 
-// y = mish(normed · weight + bias); x, the sums, is overwritten; what is normed is kept, if so wanted. → as normalise_row.
+// x ← what is normed, before weight and bias.
+inline void normalise_row(float* x, const Moments& found, int64_t dim) {
+  const float mean = found.mean, inverse_std = found.inverse_std;
+#pragma omp simd
+  for (int64_t j = 0; j < dim; ++j) x[j] = (x[j] - mean) * inverse_std;
+}
+
+// y = mish(normed · weight + bias); x is overwritten; what is normed is kept, if so wanted.
 template <typename Feature, typename To>
-float norm_mish_row(float* x, const Norm& norm, Feature* normed, To* y) {
-  const float inverse_std = normalise_row(x, norm);
+void mish_row(float* x, const Moments& found, const Norm& norm, Feature* normed, To* y) {
+  normalise_row(x, found, norm.dim);
   if (normed) convert(x, norm.dim, normed);
   const float *weight = norm.weight, *bias = norm.bias;
 #pragma omp simd
   for (int64_t j = 0; j < norm.dim; ++j) x[j] = mish(x[j] * weight[j] + bias[j]);
   convert(x, norm.dim, y);
-  return inverse_std;
 }
 
 // From the gradient g of f(normed · weight + bias), of which `slope` is f's, → that of the sums; g is overwritten.
@@ -97,14 +96,16 @@ inline void softmax_slope_row(float* g, const float* y, int64_t dim, int64_t siz
 #if defined(__AVX512BF16__) && defined(SPECMPC_VNNI)
 
 // As above, where features are bf16.
-template <typename To>
-float norm_mish_row(float* x, const Norm& norm, at::BFloat16* normed, To* y) {
-  const auto keep = [normed](__m512 value, __m512, __mmask16 lanes, int64_t j) {
-    if (normed) store(value, lanes, normed + j);
-  };
-  return rough_norm_mish_row(x, norm.shift, norm.factors, norm.weight, norm.bias, norm.dim, y, keep);
+template <>
+inline Moments shifted_row<at::BFloat16>(float* x, const Norm& norm) {
+  return rough_shifted(x, norm.shift, norm.factors, norm.dim);
 }
-
+template <typename To>
+void mish_row(float* x, const Moments& found, const Norm& norm, at::BFloat16* normed, To* y) {
+  rough_mish_row(x, found, norm.weight, norm.bias, norm.dim, y, [normed](__m512 value, __m512, __mmask16 lanes, int64_t j) {
+    if (normed) store(value, lanes, normed + j);
+  });
+}
 inline void denormalise_row(
     float* g,
     const at::BFloat16* normed,

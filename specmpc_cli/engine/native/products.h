@@ -10,7 +10,7 @@
 
 #pragma once
 
-#include "rows.h"
+#include "rough_rows.h"
 
 #include <cstring>
 #include <type_traits>

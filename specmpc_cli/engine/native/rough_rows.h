@@ -87,11 +87,8 @@ SPECMPC_INLINED void store(__m512 value, __mmask16 lanes, at::BFloat16* to) {
 }
 #endif
 
-// y ≈ mish(normed · weight + bias), where normed is LayerNorm's (x + shift) · factors before its weight and bias; without factors these are
-// 1. `seen` is called with vectors of normed and of y. x is overwritten. → the inverse of the row's standard deviation.
-template <typename To, typename Seen>
-SPECMPC_INLINED float rough_norm_mish_row(
-    float* x, const float* shift, const float* factors, const float* weight, const float* bias, int64_t dim, To* y, Seen seen) {
+// x ← (x + shift) · factors, and what LayerNorm needs of it; without factors these are 1.
+SPECMPC_INLINED Moments rough_shifted(float* x, const float* shift, const float* factors, int64_t dim) {
   const float near = (x[0] + shift[0]) * (factors ? factors[0] : 1.0f);  // squares are of distances to it, so that fewer digits cancel
   __m512 sum = {}, squares = {};
   for_vectors(dim, [&](int64_t j, __mmask16 lanes) {
@@ -103,39 +100,45 @@ SPECMPC_INLINED float rough_norm_mish_row(
     squares += distance * distance;
   });
   const float rest = _mm512_reduce_add_ps(sum) / dim, variance = std::max(_mm512_reduce_add_ps(squares) / dim - rest * rest, 0.0f);
-  const float inverse_std = 1.0f / std::sqrt(variance + kEps);
-  const __m512 mean = _mm512_set1_ps(near + rest), scale = _mm512_set1_ps(inverse_std);
+  return {near + rest, 1.0f / std::sqrt(variance + kEps)};
+}
+inline Moments rough_shifted(float* x, const float* shift, int64_t dim) { return rough_shifted(x, shift, nullptr, dim); }
+
+// y ≈ mish(normed · weight + bias), where normed is LayerNorm's before its weight and bias. `seen` is called with vectors of normed and of y.
+template <typename To, typename Seen>
+SPECMPC_INLINED void rough_mish_row(
+    const float* x, const Moments& found, const float* weight, const float* bias, int64_t dim, To* y, Seen seen) {
+  const __m512 scale = _mm512_set1_ps(found.inverse_std), offset = _mm512_set1_ps(-found.mean * found.inverse_std);
   for_vectors(dim, [&](int64_t j, __mmask16 lanes) {
-    const __m512 normed = (load(x + j, lanes) - mean) * scale;
+    const __m512 normed = load(x + j, lanes) * scale + offset;
     const __m512 made = rough_mish(normed * load(weight + j, lanes) + load(bias + j, lanes));
     store(made, lanes, y + j);
     seen(normed, made, lanes, j);
   });
-  return inverse_std;
 }
 
-inline void norm_mish_row(float* x, const float* shift, const float* weight, const float* bias, int64_t dim, RoughRow y) {
-  constexpr int kNotFinite = 0x01 | 0x08 | 0x10 | 0x80;  // classes: quiet NaN, +inf, -inf, signalling NaN
-  __m512 low = {}, high = {};
-  unsigned odd = 0;
-  rough_norm_mish_row(x, shift, nullptr, weight, bias, dim, y.values, [&](__m512, __m512 made, __mmask16 lanes, int64_t) {
+inline void mish_row(const float* x, const Moments& found, const float* weight, const float* bias, int64_t dim, RoughRow y) {
+  __m512 low = {}, high = {}, odd = {};
+  rough_mish_row(x, found, weight, bias, dim, y.values, [&](__m512, __m512 made, __mmask16 lanes, int64_t) {
     made = _mm512_maskz_mov_ps(lanes, made);
     low = _mm512_min_ps(made, low);
     high = _mm512_max_ps(made, high);
-    odd |= _mm512_fpclass_ps_mask(made, kNotFinite);
+    odd = _mm512_fmadd_ps(made, _mm512_setzero_ps(), odd);  // stays zero while all are finite; as a formula it would always
   });
-  *y.spread = {_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high), odd == 0};
+  *y.spread = {_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high), _mm512_reduce_add_ps(odd) == 0.0f};
 }
 #ifdef __AVX512BF16__
-inline void norm_mish_row(float* x, const float* shift, const float* weight, const float* bias, int64_t dim, at::BFloat16* y) {
-  rough_norm_mish_row(x, shift, nullptr, weight, bias, dim, y, [](auto...) {});
+inline void mish_row(const float* x, const Moments& found, const float* weight, const float* bias, int64_t dim, at::BFloat16* y) {
+  rough_mish_row(x, found, weight, bias, dim, y, [](auto...) {});
 }
 #endif
 
 #else
 
-inline void norm_mish_row(float* x, const float* shift, const float* weight, const float* bias, int64_t dim, RoughRow y) {
-  norm_mish_row(x, shift, weight, bias, dim, y.values);
+inline Moments rough_shifted(float* x, const float* shift, int64_t dim) { return shifted(x, shift, dim); }
+
+inline void mish_row(const float* x, const Moments& found, const float* weight, const float* bias, int64_t dim, RoughRow y) {
+  mish_row(x, found, weight, bias, dim, y.values);
   *y.spread = spread(y.values, dim);
 }
 

@@ -90,6 +90,9 @@ struct Moments {
   float mean, inverse_std;
 };
 
+// Rows whose moments are found before any of them goes on: they need not wait for each other, and are still in the first cache then.
+constexpr int64_t kTogether = 8;
+
 // Of `dim` values, which `at` has. In one pass: squares are of distances to the mean of the first values, which is at most √(dim / kFirst)
 // standard deviations from the mean of all, so that no more digits cancel than that.
 template <typename At>
@@ -110,19 +113,23 @@ SPECMPC_INLINED Moments moments(int64_t dim, At at) {
   return {near + rest, 1.0f / std::sqrt(variance + kEps)};
 }
 
-// y = mish(LayerNorm(x + shift)) of one row.
+// x += shift, and what LayerNorm needs of it.
+inline Moments shifted(float* x, const float* shift, int64_t dim) {
+#pragma omp simd
+  for (int64_t j = 0; j < dim; ++j) x[j] += shift[j];
+  return moments(dim, [x](int64_t j) { return x[j]; });
+}
+
+// y = mish(LayerNorm(x)) of one row.
 template <typename Out>
-inline void norm_mish_row(const float* x, const float* shift, const float* weight, const float* bias, int64_t dim, Out* y) {
-  const Moments found = moments(dim, [x, shift](int64_t j) { return x[j] + shift[j]; });
-  const float mean = found.mean, inverse_std = found.inverse_std;  // clang takes no structured bindings into simd loops
+inline void mish_row(const float* x, const Moments& found, const float* weight, const float* bias, int64_t dim, Out* y) {
+  const float mean = found.mean, inverse_std = found.inverse_std;
   constexpr int64_t kSome = 64;  // at a time, in fp32
   float some[kSome];
   for (int64_t first = 0; first < dim; first += kSome) {
     const int64_t count = std::min(kSome, dim - first);
 #pragma omp simd
-    for (int64_t j = first; j < first + count; ++j) {
-      some[j - first] = mish((x[j] + shift[j] - mean) * inverse_std * weight[j] + bias[j]);
-    }
+    for (int64_t j = first; j < first + count; ++j) some[j - first] = mish((x[j] - mean) * inverse_std * weight[j] + bias[j]);
     convert(some, count, y + first);
   }
 }
