@@ -139,10 +139,10 @@ class Stack(nn.ModuleList):
         """
         self.packed = PackedMlp(*self.values(), self.ends_in, int8=int8, apart=apart)
 
-    def repack(self) -> None:
-        """Packs the weights again, after they changed."""
+    def repack(self, source: Stack) -> None:
+        """Packs another stack's weights, which are of the same sizes, in fp32 or as ours."""
         assert self.packed is not None
-        self.packed.renew(*self.values())
+        self.packed.renew(*source.values())
 
     def values(self) -> tuple[list[Tensor], list[Tensor]]:
         """All weights, and the vectors that come after the products, without gradients."""

@@ -32,7 +32,7 @@ class PackedMlp:
         self.vectors = _joined(vectors)  # [V] or [E, V], fp32
 
     def renew(self, weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
-        """Takes over new values of what it was made from."""
+        """Takes over new values of what it was made from, weights in fp32 or as those were."""
         torch.ops.specmpc.pack_mlp(weights, self._int8, self.weights)
         self.vectors.copy_(_joined(vectors))
 

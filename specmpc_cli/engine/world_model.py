@@ -116,7 +116,7 @@ class WorldModel(nn.Module):
     def __init__(self, dims: WorldModelDims) -> None:
         super().__init__()
         self.dims = d = dims
-        self._packed: list[Stack] = []
+        self.packed = False  # whether what plans is packed
         simnorm = SimNorm(d.simnorm_dim)
         hidden = [d.mlp_dim, d.mlp_dim]
         z = d.latent_dim + d.task_dim
@@ -271,7 +271,7 @@ class WorldModel(nn.Module):
         For bf16 on a GPU weights are padded to multiples of eight, which its matrix units need at full speed.
         """
         twin = copy.deepcopy(self).requires_grad_(False).eval()
-        twin._packed = []
+        twin.packed = False
         stored = torch.float32 if dtype is torch.int8 else dtype
         on_gpu = next(self.parameters()).is_cuda
         for layer in twin.modules():
@@ -284,10 +284,9 @@ class WorldModel(nn.Module):
                 layer.packed = None
         return twin
 
-    @property
-    def packed(self) -> bool:
-        """Whether what plans is packed."""
-        return bool(self._packed)
+    def _planning_nets(self) -> list[Stack]:
+        nets = (self.dynamics, self.reward_net, self.termination_net, self.pi_net, self.q.layers)
+        return [net for net in nets if net is not None]
 
     @torch.inference_mode(False)
     def pack(self, int8: bool = False) -> None:
@@ -298,23 +297,23 @@ class WorldModel(nn.Module):
         Raises:
             ConfigError: there are none for 8 bits.
         """
-        nets = (self.dynamics, self.reward_net, self.termination_net, self.pi_net, self.q.layers)
         weight = next(self.dynamics.parameters())
         if int8:
             native.require_int8()
-        at_hand = int8 or (weight.device.type == "cpu" and native.multiplies(weight.dtype))
-        self._packed = [net for net in nets if net is not None and at_hand]
-        for net in self._packed:
+        self.packed = int8 or (weight.device.type == "cpu" and native.multiplies(weight.dtype))
+        for net in self._planning_nets() if self.packed else []:
             net.pack(int8, self.dims.latent_dim)
 
     @torch.no_grad()
     def take_weights(self, source: WorldModel) -> None:
-        """Copies another model's weights into this one, which may be a `compute_copy` of it."""
+        """Copies another model's weights into this one, which may be a `compute_copy` of it; into one that is packed, those that plan."""
+        if self.packed:
+            for mine, theirs in zip(self._planning_nets(), source._planning_nets(), strict=True):
+                mine.repack(theirs)
+            return
         given: list[Tensor] = list(source.parameters())
         inner = [_corner(mine, theirs.shape) for mine, theirs in zip(self.parameters(), given, strict=True)]
         torch._foreach_copy_(inner, given)
-        for net in self._packed:
-            net.repack()
 
 
 def _corner(padded: Tensor, shape: torch.Size) -> Tensor:

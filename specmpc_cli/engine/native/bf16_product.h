@@ -16,7 +16,6 @@ namespace specmpc {
 // 16 rows × 32 inputs, of which 2 × 2 are held at a time, or in vector registers, where an instruction takes a pair of inputs.
 class Bf16Product {
  public:
-  using Given = at::BFloat16;
   using Weight = at::BFloat16;
   using Features = PlainFeatures<at::BFloat16>;
 

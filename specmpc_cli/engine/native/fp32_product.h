@@ -9,7 +9,6 @@ namespace specmpc {
 // A tile of kRows × kOutputs sums stays in registers while the inputs pass.
 class Fp32Product {
  public:
-  using Given = float;  // weights before they are packed
   using Weight = float;  // and after
   using Features = PlainFeatures<float>;
 

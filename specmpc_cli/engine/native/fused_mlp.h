@@ -113,16 +113,16 @@ struct Bins {
   }
 };
 
-// As pack_mlp, which has looked at the weights.
-template <typename Product>
-at::Tensor pack_for(const std::vector<Rows>& weights, bool grouped, const std::optional<at::Tensor>& into) {
+// As pack_mlp, which has looked at the weights: of type Given.
+template <typename Product, typename Given>
+at::Tensor pack_for(const std::vector<Rows>& weights, const at::TensorOptions& options, bool grouped, const std::optional<at::Tensor>& into) {
   using Weight = typename Product::Weight;
   int64_t size = 0;
   for (const Rows& weight : weights) size += Product(weight.dim, weight.count).packed_size();
   const int64_t groups = weights[0].groups;
   const std::vector<int64_t> shape = grouped ? std::vector<int64_t>{groups, size} : std::vector<int64_t>{size};
   const auto type = c10::CppTypeToScalarType<Weight>::value;
-  const at::Tensor packed = into ? *into : at::empty(shape, weights[0].x.options().dtype(type));
+  const at::Tensor packed = into ? *into : at::empty(shape, options.dtype(type));
   const bool alike = packed.sizes() == at::IntArrayRef(shape) && packed.scalar_type() == type;
   TORCH_CHECK(alike && packed.is_contiguous(), "pack_mlp: other weights were packed there");
   Weight* to = packed.data_ptr<Weight>();
@@ -132,7 +132,7 @@ at::Tensor pack_for(const std::vector<Rows>& weights, bool grouped, const std::o
     at::parallel_for(0, groups * panels, std::max<int64_t>(1, kGrain / weight.dim), [&](int64_t begin, int64_t end) {
       for_runs(begin, end, panels, [&](int64_t group, int64_t first, int64_t some) {
         for (int64_t panel = first; panel < first + some; ++panel) {
-          product.pack(weight.of<typename Product::Given>(group), weight.step, panel, to + group * size);
+          product.pack(weight.of<Given>(group), weight.step, panel, to + group * size);
         }
       });
     });
@@ -141,28 +141,31 @@ at::Tensor pack_for(const std::vector<Rows>& weights, bool grouped, const std::o
   return packed;
 }
 
-// The layers' weights, each [out, in] or each [G, out, in] → packed, [size] or [G, size]; into what was packed before, if that is given.
-// `int8`: rounds fp32 weights to 8 bits, with which products are computed then.
+// The layers' weights, each [out, in] or each [G, out, in] → packed, [size] or [G, size]; into what was packed before, if that is given:
+// then fp32 weights take its type. `int8`: rounds fp32 weights to 8 bits, with which products are computed then.
 inline at::Tensor pack_mlp(at::TensorList weights, bool int8, const std::optional<at::Tensor>& into) {
   TORCH_CHECK(!weights.empty(), "pack_mlp: no weights");
+  const at::ScalarType type = weights[0].scalar_type();
+  const int64_t axes = weights[0].dim();
   std::vector<Rows> rows;
   for (const at::Tensor& weight : weights) {
     TORCH_CHECK(weight.dim() == 2 || weight.dim() == 3, "pack_mlp: weights have two axes, or three with groups");
     TORCH_CHECK(weight.numel() > 0, "pack_mlp: no weights");
-    const bool alike = weight.scalar_type() == weights[0].scalar_type() && weight.dim() == weights[0].dim();
-    TORCH_CHECK(alike && (weight.dim() == 2 || weight.size(0) == weights[0].size(0)), "pack_mlp: weights of different kinds");
+    const bool alike = weight.scalar_type() == type && weight.dim() == axes;
+    TORCH_CHECK(alike && (axes == 2 || weight.size(0) == weights[0].size(0)), "pack_mlp: weights of different kinds");
     TORCH_CHECK(rows.empty() || weight.size(-1) == rows.back().count, "pack_mlp: a layer's inputs are the outputs of the one before");
     rows.emplace_back(weight);
   }
-  const bool grouped = weights[0].dim() == 3;
+  const at::TensorOptions options = weights[0].options();
   if (int8) {
-    TORCH_CHECK(weights[0].scalar_type() == at::kFloat, "pack_mlp: weights that are rounded to 8 bits must be fp32");
+    TORCH_CHECK(type == at::kFloat, "pack_mlp: weights that are rounded to 8 bits must be fp32");
     for (const Rows& weight : rows) TORCH_CHECK(weight.dim <= Int8Product::kMostInputs, "pack_mlp: sums of ", weight.dim, " inputs");
-    return pack_for<Int8Product>(rows, grouped, into);
+    return pack_for<Int8Product, float>(rows, options, axes == 3, into);
   }
-  if (weights[0].scalar_type() == at::kBFloat16) return pack_for<Bf16Product>(rows, grouped, into);
-  TORCH_CHECK(weights[0].scalar_type() == at::kFloat, "pack_mlp: weights must be fp32 or bf16");
-  return pack_for<Fp32Product>(rows, grouped, into);
+  if (type == at::kBFloat16) return pack_for<Bf16Product, at::BFloat16>(rows, options, axes == 3, into);
+  TORCH_CHECK(type == at::kFloat, "pack_mlp: weights must be fp32 or bf16");
+  if (into && into->scalar_type() == at::kBFloat16) return pack_for<Bf16Product, float>(rows, options, axes == 3, into);
+  return pack_for<Fp32Product, float>(rows, options, axes == 3, into);
 }
 
 // Weights and vectors of one group, layer by layer.

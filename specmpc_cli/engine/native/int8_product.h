@@ -110,7 +110,6 @@ class Int8Product {
  public:
   static constexpr int64_t kMostInputs = 1 << 16;
 
-  using Given = float;
   using Weight = int8_t;
 
   static constexpr int64_t kRows = 8, kInputs = 4, kOutputs = 32;

@@ -103,11 +103,12 @@ class LearntMlp {
 #pragma omp simd
       for (int64_t j = 0; j < size; ++j) all[j] += all[chunk * size + j];
     }
-    const at::Tensor total = sums.select(0, 0);  // [G, sums]
     for (const LearntLayer& layer : sizes_.layers) {
       for (int64_t v = 0; v < layer.own_vectors(); ++v) {
-        const at::Tensor& to = vector_grads[layer.vectors + v];
-        to.copy_(total.narrow(1, layer.sums + v * layer.out, layer.out).view_as(to));
+        float* to = vector_grads[layer.vectors + v].template mutable_data_ptr<float>();
+        for (int64_t group = 0; group < sizes_.groups; ++group) {
+          std::copy_n(all + group * sizes_.sums + layer.sums + v * layer.out, layer.out, to + group * layer.out);
+        }
       }
     }
   }

@@ -151,23 +151,30 @@ class PerGroup {
   const float* data = nullptr;
 };
 
-// Rows [G, N, D]: of any strides but the last one's.
+// Rows [N, D] or [G, N, D]: of any strides but the last one's.
 struct Rows {
   at::Tensor x;
   int64_t groups, count, dim, step;  // from one row of a group to the next
 
-  explicit Rows(const at::Tensor& given) : dim(given.size(-1)) {
-    x = given.dim() == 3 ? given : given.reshape({1, -1, dim});
-    if (x.stride(2) != 1) x = x.contiguous();
-    groups = x.size(0);
-    count = x.size(1);
-    step = x.stride(1);
+  explicit Rows(const at::Tensor& given) : x(given.dim() == 2 || given.dim() == 3 ? given : given.reshape({-1, given.size(-1)})) {
+    if (x.stride(-1) != 1) x = x.contiguous();
+    groups = x.dim() == 3 ? x.size(0) : 1;
+    count = x.size(-2);
+    dim = x.size(-1);
+    step = x.stride(-2);
+    group_step_ = x.dim() == 3 ? x.stride(0) : 0;
+    data_ = x.data_ptr();
   }
 
+  // T is the tensor's type.
   template <typename T>
   T* of(int64_t group, int64_t first = 0) const {
-    return x.data_ptr<T>() + group * x.stride(0) + first * step;
+    return static_cast<T*>(data_) + group * group_step_ + first * step;
   }
+
+ private:
+  int64_t group_step_;
+  void* data_;
 };
 
 // Units begin to end, of `count` in each group, as runs within a group: calls with the group, its first unit and how many.
