@@ -150,7 +150,7 @@ class Bf16Product {
  private:
   static constexpr int64_t kPanelStep = 2 * kOutputs;  // from one pair of inputs to the next
 
-  typedef uint32_t Pair __attribute__((may_alias));  // of values side by side
+  using Pair = FourBytes;  // values side by side
 
   // Rows, and in each of them kInputs side by side: so many values from one to the next.
   struct Operand {
@@ -161,38 +161,6 @@ class Bf16Product {
   // kRows rows of `depth` inputs with one panel of weights → kOutputs sums of each row, `step` apart, of which `needed` are somebody's;
   // `add`: to what is there.
   using Way = void (*)(const Operand& rows, const at::BFloat16* panel, int64_t depth, int64_t needed, float* sums, int64_t step, bool add);
-
-  static constexpr int64_t kBlock = kOutputs / 2;
-
-  static void transpose(Pair (&block)[kBlock][kBlock]) {
-#ifdef __AVX512BF16__
-    __m512i rows[kBlock], pairs[kBlock];
-    for (int i = 0; i < kBlock; ++i) rows[i] = _mm512_load_si512(block[i]);
-    for (int i = 0; i < kBlock; i += 2) {  // neighbours in each quarter of a register, then neighbours of those
-      pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-      pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < kBlock; i += 4) {
-      for (int k = 0; k < 2; ++k) {
-        rows[i + 2 * k] = _mm512_unpacklo_epi64(pairs[i + k], pairs[i + k + 2]);
-        rows[i + 2 * k + 1] = _mm512_unpackhi_epi64(pairs[i + k], pairs[i + k + 2]);
-      }
-    }
-    constexpr int kEven = 0x88, kOdd = 0xdd;  // quarters of both operands
-    for (int i = 0; i < 4; ++i) {
-      const __m512i even[2] = {_mm512_shuffle_i32x4(rows[i], rows[i + 4], kEven), _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], kEven)};
-      const __m512i odd[2] = {_mm512_shuffle_i32x4(rows[i], rows[i + 4], kOdd), _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], kOdd)};
-      _mm512_store_si512(block[i], _mm512_shuffle_i32x4(even[0], even[1], kEven));
-      _mm512_store_si512(block[i + 4], _mm512_shuffle_i32x4(odd[0], odd[1], kEven));
-      _mm512_store_si512(block[i + 8], _mm512_shuffle_i32x4(even[0], even[1], kOdd));
-      _mm512_store_si512(block[i + 12], _mm512_shuffle_i32x4(odd[0], odd[1], kOdd));
-    }
-#else
-    for (int64_t i = 0; i < kBlock; ++i) {
-      for (int64_t j = 0; j < i; ++j) std::swap(block[i][j], block[j][i]);
-    }
-#endif
-  }
 
   // Up to kOutputs values in bf16, side by side, with zeros behind them.
   template <typename Input>

@@ -18,7 +18,9 @@ namespace specmpc {
 
 // Steps of equal size, so many over this width; of size 0 if that has no inverse.
 struct Steps {
-  float size, inverse;
+  float size = 0.0f, inverse = 0.0f;
+
+  Steps() = default;
   Steps(float width, float count) : size(width / count), inverse(1.0f / size) {
     if (size < std::numeric_limits<float>::min()) size = inverse = 0.0f;
   }
@@ -52,16 +54,15 @@ struct RoundedRows {
     std::fill(y + count, y + step, static_cast<uint8_t>(zero));
     y += lacking;
     count -= lacking;
-    int64_t k = 0;
 #ifdef SPECMPC_VNNI
     const __m512 factor = _mm512_set1_ps(inverse);
     const __m512i offset = _mm512_set1_epi32(zero);
-    for (; k + 16 <= count; k += 16) {  // the compiler narrows in several steps
-      const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + k), factor)), offset);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(y + k), _mm512_cvtusepi32_epi8(_mm512_max_epi32(whole, _mm512_setzero_si512())));
-    }
+    for_vectors(count, [&](int64_t k, __mmask16 lanes) {  // the compiler narrows in several steps
+      store_levels(_mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(load(x + k, lanes), factor)), offset), lanes, y + k);
+    });
+#else
+    for (int64_t k = 0; k < count; ++k) y[k] = static_cast<uint8_t>(std::clamp(static_cast<int32_t>(std::rint(x[k] * inverse)) + zero, 0, 255));
 #endif
-    for (; k < count; ++k) y[k] = static_cast<uint8_t>(std::clamp(static_cast<int32_t>(std::rint(x[k] * inverse)) + zero, 0, 255));
   }
 
   // As above, and what that leaves of x, which is half a step at most, into row r of `rest`.
@@ -76,22 +77,29 @@ struct RoundedRows {
     rest.scales[r] = found.finite ? steps.size : 0.0f;
     rest.zeros[r] = kMiddle;
     std::fill(to + count, to + rest.step, static_cast<uint8_t>(kMiddle));
-    int64_t k = 0;
 #ifdef SPECMPC_VNNI
-    const __m512 whole_size = _mm512_set1_ps(size), factor = _mm512_set1_ps(steps.inverse);
-    const __m512i zeros = _mm512_set1_epi32(zero), middle = _mm512_set1_epi32(kMiddle);
-    for (; k + 16 <= count; k += 16) {
-      const __m512i level = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(y + k)));
-      const __m512 left = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(level, zeros)), whole_size, _mm512_loadu_ps(x + k));
-      const __m512i part = _mm512_add_epi32(_mm512_cvtps_epi32(left * factor), middle);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + k), _mm512_cvtusepi32_epi8(_mm512_max_epi32(part, _mm512_setzero_si512())));
-    }
-#endif
-    for (; k < count; ++k) {
+    const __m512 whole = _mm512_set1_ps(size), factor = _mm512_set1_ps(steps.inverse);
+    const __m512i offset = _mm512_set1_epi32(zero), middle = _mm512_set1_epi32(kMiddle);
+    for_vectors(count, [&](int64_t k, __mmask16 lanes) {
+      const __m512i level = _mm512_sub_epi32(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes, y + k)), offset);
+      const __m512 left = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(level), whole, load(x + k, lanes));
+      store_levels(_mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(left, factor)), middle), lanes, to + k);
+    });
+#else
+    for (int64_t k = 0; k < count; ++k) {
       const float left = x[k] - static_cast<float>(y[k] - zero) * size;
       to[k] = static_cast<uint8_t>(std::clamp(static_cast<int32_t>(std::rint(left * steps.inverse)) + kMiddle, 0, 255));
     }
+#endif
   }
+
+ private:
+#ifdef SPECMPC_VNNI
+  // Those that 8 bits hold, else the nearest.
+  SPECMPC_INLINED static void store_levels(__m512i levels, __mmask16 lanes, uint8_t* to) {
+    _mm_mask_storeu_epi8(to, lanes, _mm512_cvtusepi32_epi8(_mm512_max_epi32(levels, _mm512_setzero_si512())));
+  }
+#endif
 };
 
 // Sixteen values side by side.
@@ -137,25 +145,33 @@ class Int8Product {
   // A panel has its outputs' scales, the sums of their weights, and then, for each four inputs, the fours of all outputs: four inputs are
   // what an instruction takes.
   void pack(const float* weight, int64_t step, int64_t panel, int8_t* packed) const {
-    int8_t* to = packed + panel * panel_size();
-    std::fill_n(to, panel_size(), int8_t{0});
-    std::vector<int8_t> rounded(padded_in_);
-    for (int64_t j = 0; j < std::min(kOutputs, out_ - panel * kOutputs); ++j) {
-      const float* output = weight + (panel * kOutputs + j) * step;
-      const Spread found = spread(output, in_);
-      const Steps steps(std::max(found.high, -found.low), 127.0f);
-      const float inverse = steps.inverse, scale = found.finite ? steps.size : std::numeric_limits<float>::quiet_NaN();
-      std::memcpy(to + j * sizeof(float), &scale, sizeof(float));
-      if (!found.finite) continue;
-      int32_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t k = 0; k < in_; ++k) {
-        const int32_t whole = static_cast<int32_t>(std::rint(output[k] * inverse));
-        rounded[k] = static_cast<int8_t>(whole);
-        sum += whole;
+    constexpr int64_t kSome = kBlock * kInputs;  // inputs of an output that are rounded at a time
+    int8_t* head = packed + panel * panel_size();
+    std::fill_n(head, kHead, int8_t{0});
+    for (int64_t first = 0; first < kOutputs; first += kBlock) {
+      Steps steps[kBlock];
+      const float* outputs[kBlock];
+      int32_t sums[kBlock] = {};
+      for (int64_t j = 0; j < kBlock; ++j) {
+        const int64_t output = panel * kOutputs + first + j;
+        outputs[j] = output < out_ ? weight + output * step : nullptr;
+        if (!outputs[j]) continue;
+        const Spread found = spread(outputs[j], in_);
+        steps[j] = found.finite ? Steps(std::max(found.high, -found.low), 127.0f) : Steps();
+        const float scale = found.finite ? steps[j].size : std::numeric_limits<float>::quiet_NaN();
+        std::memcpy(head + (first + j) * sizeof(scale), &scale, sizeof(scale));
       }
-      std::memcpy(to + kScales + j * sizeof(int32_t), &sum, sizeof(sum));
-      for (int64_t k = 0; k < padded_in_; k += kInputs) std::memcpy(to + kHead + k * kOutputs + j * kInputs, &rounded[k], kInputs);
+      for (int64_t from = 0; from < padded_in_; from += kSome) {
+        const int64_t some = std::min(kSome, in_ - from), fours = std::min(kBlock, (padded_in_ - from) / kInputs);
+        alignas(64) FourBytes block[kBlock][kBlock] = {};
+        for (int64_t j = 0; j < kBlock; ++j) {
+          if (outputs[j]) sums[j] += round_weights(outputs[j] + from, some, steps[j].inverse, reinterpret_cast<int8_t*>(block[j]));
+        }
+        transpose(block);
+        int8_t* to = head + kHead + from * kOutputs + first * kInputs;
+        for (int64_t k = 0; k < fours; ++k) std::memcpy(to + k * kInputs * kOutputs, block[k], sizeof(block[k]));
+      }
+      std::memcpy(head + kScales + first * sizeof(int32_t), sums, sizeof(sums));
     }
   }
 
@@ -205,6 +221,27 @@ class Int8Product {
 
   int64_t in_, out_, padded_in_;
   Care care_;
+
+  // → the sum of those that are rounded.
+  static int32_t round_weights(const float* weights, int64_t count, float inverse, int8_t* to) {
+#ifdef SPECMPC_VNNI
+    __m512i sum = {};
+    const __m512 factor = _mm512_set1_ps(inverse);
+    for_vectors(count, [&](int64_t k, __mmask16 lanes) {
+      const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(load(weights + k, lanes), factor));
+      sum = _mm512_add_epi32(sum, whole);
+      _mm_mask_storeu_epi8(to + k, lanes, _mm512_cvtepi32_epi8(whole));
+    });
+    return _mm512_reduce_add_epi32(sum);
+#else
+    int32_t sum = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      to[k] = static_cast<int8_t>(std::rint(weights[k] * inverse));
+      sum += to[k];
+    }
+    return sum;
+#endif
+  }
 
   struct RowsScratch {
     Scratch<uint8_t> values;

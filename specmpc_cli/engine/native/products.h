@@ -12,6 +12,10 @@
 
 #include "rough_rows.h"
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include <cstring>
 #include <type_traits>
 #include <vector>
@@ -33,6 +37,41 @@ class Scratch {
 };
 
 inline int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
+
+// The inputs of one row or output that an instruction multiplies at once: two in bf16, four in 8 bits.
+typedef uint32_t FourBytes __attribute__((may_alias));
+
+constexpr int64_t kBlock = 16;  // FourBytes in a vector register
+
+inline void transpose(FourBytes (&block)[kBlock][kBlock]) {
+#ifdef __AVX512F__
+  __m512i rows[kBlock], pairs[kBlock];
+  for (int i = 0; i < kBlock; ++i) rows[i] = _mm512_load_si512(block[i]);
+  for (int i = 0; i < kBlock; i += 2) {  // neighbours in each quarter of a register, then neighbours of those
+    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < kBlock; i += 4) {
+    for (int k = 0; k < 2; ++k) {
+      rows[i + 2 * k] = _mm512_unpacklo_epi64(pairs[i + k], pairs[i + k + 2]);
+      rows[i + 2 * k + 1] = _mm512_unpackhi_epi64(pairs[i + k], pairs[i + k + 2]);
+    }
+  }
+  constexpr int kEven = 0x88, kOdd = 0xdd;  // quarters of both operands
+  for (int i = 0; i < 4; ++i) {
+    const __m512i even[2] = {_mm512_shuffle_i32x4(rows[i], rows[i + 4], kEven), _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], kEven)};
+    const __m512i odd[2] = {_mm512_shuffle_i32x4(rows[i], rows[i + 4], kOdd), _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], kOdd)};
+    _mm512_store_si512(block[i], _mm512_shuffle_i32x4(even[0], even[1], kEven));
+    _mm512_store_si512(block[i + 4], _mm512_shuffle_i32x4(odd[0], odd[1], kEven));
+    _mm512_store_si512(block[i + 8], _mm512_shuffle_i32x4(even[0], even[1], kOdd));
+    _mm512_store_si512(block[i + 12], _mm512_shuffle_i32x4(odd[0], odd[1], kOdd));
+  }
+#else
+  for (int64_t i = 0; i < kBlock; ++i) {
+    for (int64_t j = 0; j < i; ++j) std::swap(block[i][j], block[j][i]);
+  }
+#endif
+}
 
 // What a layer hands on to the next: rows side by side.
 template <typename T>

@@ -24,19 +24,6 @@ struct Spread {
   bool finite;
 };
 
-inline Spread spread(const float* x, int64_t count) {
-  constexpr uint32_t kExponent = 0x7f800000;
-  float low = 0.0f, high = 0.0f;
-  uint32_t odd = 0;
-#pragma omp simd reduction(min : low) reduction(max : high) reduction(| : odd)
-  for (int64_t k = 0; k < count; ++k) {
-    low = x[k] < low ? x[k] : low;  // std::min is not vectorised
-    high = x[k] > high ? x[k] : high;
-    odd |= (std::bit_cast<uint32_t>(x[k]) & kExponent) == kExponent;
-  }
-  return {low, high, odd == 0};
-}
-
 // That is about to be rounded to 8 bits.
 struct RoughRow {
   float* values;
@@ -87,6 +74,28 @@ SPECMPC_INLINED void store(__m512 value, __mmask16 lanes, at::BFloat16* to) {
 }
 #endif
 
+// Finds the spread of vectors.
+class Spreading {
+ public:
+  SPECMPC_INLINED void see(__m512 values) {
+    low_ = _mm512_min_ps(values, low_);
+    high_ = _mm512_max_ps(values, high_);
+    odd_ = _mm512_fmadd_ps(values, _mm512_setzero_ps(), odd_);  // stays zero while all are finite; as a formula it would always
+  }
+  SPECMPC_INLINED Spread found() const {
+    return {_mm512_reduce_min_ps(low_), _mm512_reduce_max_ps(high_), _mm512_reduce_add_ps(odd_) == 0.0f};
+  }
+
+ private:
+  __m512 low_ = {}, high_ = {}, odd_ = {};
+};
+
+inline Spread spread(const float* x, int64_t count) {
+  Spreading all;
+  for_vectors(count, [&](int64_t j, __mmask16 lanes) { all.see(load(x + j, lanes)); });
+  return all.found();
+}
+
 // x ← (x + shift) · factors, and what LayerNorm needs of it; without factors these are 1.
 SPECMPC_INLINED Moments rough_shifted(float* x, const float* shift, const float* factors, int64_t dim) {
   const float near = (x[0] + shift[0]) * (factors ? factors[0] : 1.0f);  // squares are of distances to it, so that fewer digits cancel
@@ -118,14 +127,11 @@ SPECMPC_INLINED void rough_mish_row(
 }
 
 inline void mish_row(const float* x, const Moments& found, const float* weight, const float* bias, int64_t dim, RoughRow y) {
-  __m512 low = {}, high = {}, odd = {};
+  Spreading all;
   rough_mish_row(x, found, weight, bias, dim, y.values, [&](__m512, __m512 made, __mmask16 lanes, int64_t) {
-    made = _mm512_maskz_mov_ps(lanes, made);
-    low = _mm512_min_ps(made, low);
-    high = _mm512_max_ps(made, high);
-    odd = _mm512_fmadd_ps(made, _mm512_setzero_ps(), odd);  // stays zero while all are finite; as a formula it would always
+    all.see(_mm512_maskz_mov_ps(lanes, made));
   });
-  *y.spread = {_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high), _mm512_reduce_add_ps(odd) == 0.0f};
+  *y.spread = all.found();
 }
 #ifdef __AVX512BF16__
 inline void mish_row(const float* x, const Moments& found, const float* weight, const float* bias, int64_t dim, at::BFloat16* y) {
@@ -134,6 +140,19 @@ inline void mish_row(const float* x, const Moments& found, const float* weight, 
 #endif
 
 #else
+
+inline Spread spread(const float* x, int64_t count) {
+  constexpr uint32_t kExponent = 0x7f800000;
+  float low = 0.0f, high = 0.0f;
+  uint32_t odd = 0;
+#pragma omp simd reduction(min : low) reduction(max : high) reduction(| : odd)
+  for (int64_t k = 0; k < count; ++k) {
+    low = x[k] < low ? x[k] : low;  // std::min is not vectorised
+    high = x[k] > high ? x[k] : high;
+    odd |= (std::bit_cast<uint32_t>(x[k]) & kExponent) == kExponent;
+  }
+  return {low, high, odd == 0};
+}
 
 inline Moments rough_shifted(float* x, const float* shift, int64_t dim) { return shifted(x, shift, dim); }
 
