@@ -134,7 +134,7 @@ def prepare_training(out: Output, trainer: "Trainer") -> None:
 def prepare_acting(out: Output, bench: "Workbench", ways: "Iterable[Way]", rows: int) -> None:
     """Makes the first plans of up to `rows` rows, and the first step of each corrector in `ways`, which compiles them, and says so."""
     if bench.runtime.prepares and not bench.warm:
-        _prepare(out, "the planner", "a minute or two", lambda: bench.warm_up(ways, rows))
+        _prepare(out, "the planner", "a minute", lambda: bench.warm_up(ways, rows))
 
 
 def _prepare(out: Output, what: str, duration: str, prepare: Callable[[], str | None]) -> None:

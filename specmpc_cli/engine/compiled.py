@@ -1,7 +1,7 @@
 """What is compiled, and when. The eager path is the same code: these are the engine's own functions, compiled.
 
 One MPPI iteration is the unit (not the unrolled plan): it compiles once per batch size in well under a minute, and Inductor's on-disk cache
-(runtime.use_compile_cache) makes the next start take seconds.
+(runtime.use_compile_cache) makes the next start take seconds. On a CPU packed models have kernels of our own instead (packed_planner.py).
 """
 
 from __future__ import annotations

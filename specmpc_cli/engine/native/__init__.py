@@ -1,4 +1,4 @@
-"""Kernels of our own for a CPU, in C++: an MLP in one call, as the planner needs it (fused_mlp.h), and with gradients (learnt_mlp.h).
+"""Kernels of our own for a CPU, in C++: the planner's functions in one call each (search.h), and MLPs that learn (learnt_mlp.h).
 
 They are built at their first use, in some 22 seconds of CPU time, for the machine that they run on, and kept beside the compiler's own
 cache. Where that cannot be done, the formulas that they stand for are computed instead (layers.py).
@@ -12,12 +12,10 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from specmpc_cli.engine.native import learnt_mlp
 from specmpc_cli.errors import ConfigError
@@ -72,7 +70,6 @@ def _load() -> str | None:
         _keep_compiled_code_apart(library.stem)
     except (OSError, subprocess.SubprocessError) as error:
         return _reason(error)
-    torch.library.register_fake("specmpc::fused_mlp", _fused_mlp_like)
     learnt_mlp.register()
     return None
 
@@ -89,23 +86,6 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in (getattr(error, "stderr", None) or "").splitlines()]
     complaint = next((line for line in lines if "error" in line), None)
     return complaint or str(error.__cause__ or error).strip().splitlines()[0]
-
-
-def _fused_mlp_like(
-    x: Tensor,
-    shared: Tensor | None,
-    packed: Tensor,
-    vectors: Tensor,
-    dims: Sequence[int],
-    softmax_size: int,
-    apart: int,
-    range: Sequence[float] | None,
-    heads: Tensor | None,
-) -> Tensor:
-    picked = packed.shape[:-1].numel() if heads is None else heads.shape[0]
-    groups = max(picked, *(rows.shape[:-2].numel() for rows in (x, shared) if rows is not None))
-    axes = [groups, x.shape[-2]] if groups > 1 or x.dim() == 3 or packed.dim() == 2 else [x.shape[-2]]
-    return x.new_empty(axes if range is not None else [*axes, dims[-1]])
 
 
 def _build() -> Path:

@@ -25,6 +25,7 @@ class Bf16Product {
   static constexpr int64_t kRows = 8, kInputs = 2;
 #endif
   static constexpr int64_t kOutputs = 32;
+  static constexpr bool kRough = true;
 
   // What a thread must hold while it multiplies over rows. With AMX: its tiles are eight of 16 rows × 64 bytes, while it lives.
   class Session {
@@ -93,8 +94,6 @@ class Bf16Product {
     }
   }
 
-  // As Fp32Product's.
-  static Moments moments_of(float* row, const float* shift, int64_t dim) { return rough_shifted(row, shift, dim); }
   // Inputs that another layer makes, row by row.
   template <typename Make>
   void take(Features& features, int64_t r, Make make) const {

@@ -21,6 +21,7 @@ class Fp32Product {
 #endif
   static constexpr int64_t kVectors = 2, kOutputs = kLanes * kVectors;
   static constexpr int64_t kInputs = 1;  // that are multiplied at once
+  static constexpr bool kRough = false;  // whether its inputs are rounded, so that what makes them need not be exact
 
   struct Session {};  // what a thread must hold while it multiplies over rows
 
@@ -66,8 +67,6 @@ class Fp32Product {
       }
     }
   }
-  // A row of sums takes its layer's shift → what LayerNorm needs of it, as exactly as the next product takes what is made of it.
-  static Moments moments_of(float* row, const float* shift, int64_t dim) { return shifted(row, shift, dim); }
   // Inputs that another layer makes, row by row.
   template <typename Make>
   void take(Features& features, int64_t r, Make make) const {

@@ -9,6 +9,7 @@
 #include "bf16_product.h"
 #include "fp32_product.h"
 #include "int8_product.h"
+#include "row_ends.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -19,99 +20,6 @@
 #include <vector>
 
 namespace specmpc {
-
-// Values of a group of eight, side by side.
-typedef float Eight __attribute__((vector_size(8 * sizeof(float)), aligned(sizeof(float)), may_alias));
-
-template <int... places>
-SPECMPC_INLINED Eight shuffled(Eight v) {
-#ifdef __clang__
-  return __builtin_shufflevector(v, v, places...);
-#else
-  typedef int32_t Places __attribute__((vector_size(8 * sizeof(int32_t))));
-  return __builtin_shuffle(v, Places{places...});
-#endif
-}
-
-// All eight combined, in each place.
-template <typename Combine>
-SPECMPC_INLINED Eight in_each(Eight v, Combine combine) {
-  v = combine(v, shuffled<4, 5, 6, 7, 0, 1, 2, 3>(v));
-  v = combine(v, shuffled<2, 3, 0, 1, 6, 7, 4, 5>(v));
-  return combine(v, shuffled<1, 0, 3, 2, 5, 4, 7, 6>(v));
-}
-
-// Groups of x, each less its greatest value.
-inline void below_greatest(float* x, int64_t dim, int64_t size) {
-  for (int64_t first = 0; first < dim; first += size) {
-    if (size == 8) {
-      Eight& group = *reinterpret_cast<Eight*>(x + first);
-      group -= in_each(group, [](Eight a, Eight b) { return a > b ? a : b; });
-    } else {
-      const float most = *std::max_element(x + first, x + first + size);
-      for (int64_t j = first; j < first + size; ++j) x[j] -= most;
-    }
-  }
-}
-
-// Groups of x, each divided by its sum → y.
-inline void shares(const float* x, int64_t dim, int64_t size, float* y) {
-  for (int64_t first = 0; first < dim; first += size) {
-    if (size == 8) {
-      const Eight group = *reinterpret_cast<const Eight*>(x + first);
-      *reinterpret_cast<Eight*>(y + first) = group / in_each(group, [](Eight a, Eight b) { return a + b; });
-    } else {
-      const float sum = std::accumulate(x + first, x + first + size, 0.0f);
-      for (int64_t j = first; j < first + size; ++j) y[j] = x[j] / sum;
-    }
-  }
-}
-
-// y = softmaxes of groups of `size` neighbouring features, of which TD-MPC2 has eight; x is overwritten.
-inline void softmax_row(float* x, int64_t dim, int64_t size, float* y) {
-  below_greatest(x, dim, size);
-#pragma omp simd
-  for (int64_t j = 0; j < dim; ++j) x[j] = exp_for_mish(x[j]);
-  shares(x, dim, size, y);
-}
-
-// y = SimNorm(LayerNorm(x + shift)) of one row; x is overwritten.
-inline void norm_softmax_row(
-    float* x, const float* shift, const float* weight, const float* bias, int64_t dim, int64_t size, float* y) {
-  const Moments found = shifted(x, shift, dim);
-  const float mean = found.mean, inverse_std = found.inverse_std;
-#pragma omp simd
-  for (int64_t j = 0; j < dim; ++j) x[j] = (x[j] - mean) * inverse_std * weight[j] + bias[j];
-  softmax_row(x, dim, size, y);
-}
-
-// Bins of a distribution over scalars: so many, evenly spaced from low to high, in symlog space (twohot.py). They are counted from the
-// middle, so that near it no digits cancel.
-struct Bins {
-  int64_t count;
-  float middle, step;
-
-  Bins(int64_t count, double low, double high) : count(count), middle((low + high) / 2.0), step((high - low) / (count - 1)) {}
-
-  // The expected scalar of one row of logits, to which `shift` is added; they are overwritten.
-  float expected(float* logits, const float* shift) const {
-    const float half = static_cast<float>(count - 1) / 2.0f;
-    float most = -std::numeric_limits<float>::infinity(), sum = 0.0f, weighted = 0.0f;
-#pragma omp simd reduction(max : most)
-    for (int64_t j = 0; j < count; ++j) {
-      logits[j] += shift[j];
-      most = logits[j] > most ? logits[j] : most;  // std::max is not vectorised
-    }
-#pragma omp simd reduction(+ : sum, weighted)
-    for (int64_t j = 0; j < count; ++j) {
-      const float e = exp_for_mish(logits[j] - most);
-      sum += e;
-      weighted += e * (static_cast<float>(static_cast<int32_t>(j)) - half);  // 64 bits have no conversion without AVX-512
-    }
-    const float mean = middle + step * (weighted / sum);
-    return std::copysign(std::expm1(std::abs(mean)), mean);
-  }
-};
 
 // As pack_mlp, which has looked at the weights: of type Given.
 template <typename Product, typename Given>
@@ -256,31 +164,38 @@ class Layers {
         product.multiply(features, count, weight, sums);
         shift = vector;
       }
-      const float *norm_weight = vector + dim, *norm_bias = norm_weight + dim;  // where there is a norm
       const auto row_of = [=](int64_t r) { return sums + r * sums_step; };
-      for (int64_t first = 0; first < count && !is_last(layer); first += kTogether) {
+      if (is_last(layer) && softmax_size_ == 0) {
+        for (int64_t r = 0; r < count; ++r) end_row(row_of(r), shift, dim, y + r * y_step);
+        return;
+      }
+      const float *norm_weight = vector + dim, *norm_bias = norm_weight + dim;
+      for (int64_t first = 0; first < count; first += kTogether) {
         const int64_t end = std::min(first + kTogether, count);
         Moments found[kTogether];
-        for (int64_t r = first; r < end; ++r) found[r - first] = Product::moments_of(row_of(r), shift, dim);
+        for (int64_t r = first; r < end; ++r) found[r - first] = shifted<Product::kRough>(row_of(r), shift, dim);
         for (int64_t r = first; r < end; ++r) {
           const Moments& own = found[r - first];
-          products_[layer + 1].take(features, r, [&](auto made) { mish_row(row_of(r), own, norm_weight, norm_bias, dim, made); });
-        }
-      }
-      for (int64_t r = 0; r < count && is_last(layer); ++r) {
-        float* row = row_of(r);
-        if (softmax_size_ > 0) {
-          norm_softmax_row(row, shift, norm_weight, norm_bias, dim, softmax_size_, y + r * y_step);
-        } else if (bins_) {
-          y[r * y_step] = bins_->expected(row, shift);
-        } else {
-#pragma omp simd
-          for (int64_t j = 0; j < dim; ++j) y[r * y_step + j] = row[j] + shift[j];
+          if (is_last(layer)) {
+            norm_softmax_row<Product::kRough>(row_of(r), own, norm_weight, norm_bias, dim, softmax_size_, y + r * y_step);
+          } else {
+            products_[layer + 1].take(features, r, [&](auto made) { mish_row(row_of(r), own, norm_weight, norm_bias, dim, made); });
+          }
         }
       }
       weight += product.packed_size();
       vector += vectors_of(layer) * dim;
     }
+  }
+
+  // A row of a plain last layer's sums → its outputs, or what is expected of them.
+  void end_row(float* row, const float* shift, int64_t dim, float* y) const {
+    if (bins_) {
+      *y = bins_->template expected<Product::kRough>(row, shift);
+      return;
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < dim; ++j) y[j] = row[j] + shift[j];
   }
 };
 

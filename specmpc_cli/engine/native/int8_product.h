@@ -121,6 +121,7 @@ class Int8Product {
   using Weight = int8_t;
 
   static constexpr int64_t kRows = 8, kInputs = 4, kOutputs = 32;
+  static constexpr bool kRough = true;
 
   // What a layer hands on to the next: rows that are rounded while they are in the first cache, and what that left of them.
   struct Features {
@@ -186,8 +187,6 @@ class Int8Product {
     multiply_rounded(both, count, packed, sums);
   }
 
-  // As Fp32Product's.
-  static Moments moments_of(float* row, const float* shift, int64_t dim) { return rough_shifted(row, shift, dim); }
   // Inputs that another layer makes, row by row.
   template <typename Make>
   void take(Features& features, int64_t r, Make make) const {

@@ -163,4 +163,14 @@ inline void mish_row(const float* x, const Moments& found, const float* weight, 
 
 #endif
 
+// x += shift, and what LayerNorm needs of it: roughly, if what is made of it is rounded anyway.
+template <bool kRough>
+Moments shifted(float* x, const float* shift, int64_t dim) {
+  if constexpr (kRough) {
+    return rough_shifted(x, shift, dim);
+  } else {
+    return shifted(x, shift, dim);
+  }
+}
+
 }  // namespace specmpc
