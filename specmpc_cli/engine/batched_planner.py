@@ -31,6 +31,7 @@ class _Networks:
         if self._to_pack:
             self._search.pack(int8=self._dtype is torch.int8)
             if self._search.packed:
+                self._search.take_weights(self._model)  # with biases as exact as they will be after every other change
                 self._dynamics = PackedDynamics(self._model)
             self._to_pack = False
         return self._search, self._dynamics

@@ -1,10 +1,12 @@
 """The planner's functions for a packed model, as a CPU computes them: each in one call of ours (engine/native/search.h).
 
-The formulas are planner.py's. A call takes every candidate through all steps and networks, so that between calls there is nothing left to
-compile, and a plan has next to no Python.
+The formulas are planner.py's, which the tests compare them with, for a packed model answers as any other. A call takes every candidate
+through all steps and networks, so that between calls there is nothing left to compile, and a plan has next to no Python.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -59,6 +61,7 @@ def _networks(model: WorldModel) -> tuple[list[Tensor], list[Tensor], list[int],
     """Weights, vectors, sizes and ranges, as the operators take them."""
     d = model.dims
     nets = (model.dynamics, model.reward_net, model.pi_net, model.q.layers, model.termination_net)
-    packed = [net.packed for net in nets if net is not None and net.packed is not None]
+    packed = [cast(PackedMlp, net.packed) for net in nets if net is not None]
+    assert all(packed), "a model that is not packed, or only in part"
     sizes = [d.latent_dim, d.action_dim, d.mlp_dim, d.num_bins, d.simnorm_dim]
     return [net.weights for net in packed], [net.vectors for net in packed], sizes, [d.vmin, d.vmax, d.log_std_min, d.log_std_max]

@@ -270,8 +270,8 @@ class WorldModel(nn.Module):
 
         For bf16 on a GPU weights are padded to multiples of eight, which its matrix units need at full speed.
         """
+        assert not self.packed, "a packed model's parameters may be old"
         twin = copy.deepcopy(self).requires_grad_(False).eval()
-        twin.packed = False
         stored = torch.float32 if dtype is torch.int8 else dtype
         on_gpu = next(self.parameters()).is_cuda
         for layer in twin.modules():
@@ -280,8 +280,6 @@ class WorldModel(nn.Module):
                 layer.bias.data = layer.bias.data.to(stored)
                 if on_gpu and dtype is torch.bfloat16:
                     layer.pad(8)
-            elif isinstance(layer, Stack):
-                layer.packed = None
         return twin
 
     def _planning_nets(self) -> list[Stack]:
@@ -306,7 +304,11 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     def take_weights(self, source: WorldModel) -> None:
-        """Copies another model's weights into this one, which may be a `compute_copy` of it; into one that is packed, those that plan."""
+        """Copies another model's weights into this one, which may be a `compute_copy` of it.
+
+        One that is packed takes what plans, and as packed alone: its parameters, and what else is made of them, stay what they were.
+        """
+        assert not source.packed, "a packed model's parameters may be old"
         if self.packed:
             for mine, theirs in zip(self._planning_nets(), source._planning_nets(), strict=True):
                 mine.repack(theirs)

@@ -1,5 +1,5 @@
-// AMX's tiles in plain C++, for machines without them. Included before the kernels, it takes the place of the instructions that they use, and
-// is as strict as a processor: what would raise a fault there ends the process here.
+// AMX's tiles in plain C++, for machines without them. Included before the kernels, it takes the place of the instructions that they use,
+// and is as strict as a processor: what would raise a fault there ends the process here.
 
 #pragma once
 
@@ -64,7 +64,9 @@ inline void load_config(const void* from) {
 
 inline void release() { state().config = {}; }
 
-inline void require_tile(int tile) { require(state().config.palette == 1 && state().config.rows[tile] > 0, "a tile without configuration"); }
+inline void require_tile(int tile) {
+  require(state().config.palette == 1 && state().config.rows[tile] > 0, "a tile without configuration");
+}
 
 inline void zero(int tile) {
   require_tile(tile);

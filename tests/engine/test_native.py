@@ -282,8 +282,14 @@ def test_weights_for_other_groups_are_refused() -> None:
 @pytest.mark.compiler
 @pytest.mark.parametrize(
     "flags",
-    ["-mamx-tile -mamx-bf16", "-mno-amx-bf16 -mno-avx512bf16 -mno-avx512vnni", "-mno-avx512f", "-mno-avx"],
-    ids=["with tiles", "with neither bf16 nor int8", "with AVX2", "with SSE"],
+    [
+        "-mamx-tile -mamx-bf16",
+        "-mno-amx-bf16 -mno-avx512bf16",
+        "-mno-amx-bf16 -mno-avx512bf16 -mno-avx512vnni",
+        "-mno-avx512f",
+        "-mno-avx",
+    ],
+    ids=["with tiles", "with int8 alone", "with neither bf16 nor int8", "with AVX2", "with SSE"],
 )
 def test_kernels_of_other_processors_compute_the_same(flags: str, tmp_path: Path) -> None:
     """Built for tiles that this machine may refuse, or without such instructions at all: other blocks of rows and inputs, another way."""

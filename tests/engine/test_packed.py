@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from dataclasses import fields
 
 import pytest
 import torch
@@ -89,6 +90,28 @@ def test_a_compiled_planner_uses_them_and_takes_over_new_weights() -> None:
 
 
 @pytest.mark.compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_a_planner_that_took_over_weights_is_as_one_made_for_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, and in all that a plan has: a training that goes on plans as one that was continued, and as `eval`."""
+    assert native.built()
+    monkeypatch.setattr(native, "multiplies", lambda _: True)
+    model = make_model()
+    arguments = torch.rand(1, 16), torch.zeros(1, 3, 2), torch.tensor([1]), torch.tensor([3])
+    with torch.inference_mode():
+        planner = BatchedPlanner(model, SMALL, dtype=dtype, kernels=compiled_kernels())
+        before = planner(*arguments)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    planner.refresh()
+    with torch.inference_mode():
+        after, anew = planner(*arguments), BatchedPlanner(model, SMALL, dtype=dtype, kernels=compiled_kernels())(*arguments)
+    for field in fields(after):
+        assert torch.equal(getattr(after, field.name), getattr(anew, field.name)), field.name
+        assert not torch.equal(getattr(after, field.name), getattr(before, field.name)), field.name
+
+
+@pytest.mark.compiler
 def test_a_model_without_kernels_for_its_dtype_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "multiplies", lambda dtype: dtype is torch.float32)
     half, full = (make_model().compute_copy(dtype) for dtype in (torch.bfloat16, torch.float32))
@@ -99,12 +122,13 @@ def test_a_model_without_kernels_for_its_dtype_stays_as_it_is(monkeypatch: pytes
 
 
 @pytest.mark.compiler
-def test_a_copy_for_another_dtype_is_not_packed_for_the_old_one() -> None:
+def test_nothing_is_copied_from_a_packed_model() -> None:
+    """Whose parameters need not be what it computes with."""
     model = make_model().compute_copy(torch.float32)
     model.pack()
-    twin = model.compute_copy(torch.bfloat16)
-    assert model.dynamics.packed is not None and twin.dynamics.packed is None
-    twin.take_weights(model)
+    for copy_from in (lambda: model.compute_copy(torch.bfloat16), lambda: make_model().take_weights(model)):
+        with pytest.raises(AssertionError, match="may be old"):
+            copy_from()
 
 
 @pytest.mark.compiler

@@ -15,6 +15,7 @@ from specmpc_cli.engine import native, packed_planner, planner
 from specmpc_cli.engine.draws import host_draws
 from specmpc_cli.engine.planner import PlannerNoise, PlannerSettings, Rollouts, Search
 from specmpc_cli.engine.world_model import WorldModel, WorldModelDims
+from tests.conftest import make_model
 
 pytestmark = pytest.mark.compiler
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
@@ -36,9 +37,7 @@ CASES = {
     "one step": Case(WorldModelDims(5, 6, 32, 48, 24, 2, 2), replace(SETTINGS, horizon=1)),
     "no prior": Case(WorldModelDims(5, 6, 32, 48, 24, 2, 2), replace(SETTINGS, num_pi_trajs=0)),
     "the prior alone": Case(WorldModelDims(5, 6, 32, 48, 24, 2, 2), replace(SETTINGS, num_pi_trajs=150)),
-    "fewer candidates than threads": Case(
-        WorldModelDims(5, 6, 32, 48, 24, 2, 2), replace(SETTINGS, num_samples=2, num_elites=1, num_pi_trajs=1)
-    ),
+    "two candidates": Case(WorldModelDims(5, 6, 32, 48, 24, 2, 2), replace(SETTINGS, num_samples=2, num_elites=1, num_pi_trajs=1)),
     "a narrow prior": Case(WorldModelDims(5, 6, 32, 48, 24, 2, 2, log_std_min=-5.0, log_std_max=-1.0)),
     "more rows than a block": Case(WorldModelDims(5, 6, 32, 48, 24, 2, 2), replace(SETTINGS, num_samples=600)),
 }
@@ -153,11 +152,11 @@ def test_narrow_values_are_the_formulas_but_for_few(dtype: torch.dtype) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("name", ["two plans", "episodes that end", "more rows than a block"])
+@pytest.mark.parametrize("name", ["two plans", "episodes that end", "more rows than a block", "two candidates", "no prior"])
 def test_plans_are_the_same_to_the_bit_on_any_number_of_threads_and_beside_any_others(name: str, dtype: torch.dtype) -> None:
     given = planned(name, dtype)
     prior, found = given.prior(), given.iterate()
-    for count in (1, 3):
+    for count in (1, 3, 8):
         with threads(count):
             assert same(given.prior(), prior) and same(given.iterate(), found)
     for plan in range(len(given.z)):
@@ -230,23 +229,28 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], complaint: str) ->
 
 def test_networks_of_other_sizes_are_refused() -> None:
     given, other = planned("one plan"), planned("odd sizes")
-    for net in ("dynamics", "reward_net", "pi_net"):
+    for net in ("dynamics", "reward_net", "pi_net", "q.layers"):
         spoilt = planned("one plan")
-        getattr(spoilt.model, net).packed = getattr(other.model, net).packed
+        spoilt.model.get_submodule(net).packed = other.model.get_submodule(net).packed
         with pytest.raises(RuntimeError, match="packed for other sizes"):
             spoilt.prior()
+    spoilt = planned("one plan")
+    assert spoilt.model.pi_net.packed is not None
+    spoilt.model.pi_net.packed.vectors = spoilt.model.pi_net.packed.vectors[:-1]
+    with pytest.raises(RuntimeError, match="packed for other sizes"):
+        spoilt.prior()
     mixed = planned("one plan", torch.bfloat16)
     mixed.model.reward_net.packed = given.model.reward_net.packed
     with pytest.raises(RuntimeError, match="not packed, or for others"):
         mixed.prior()
     given.model.pi_net.packed = None
-    with pytest.raises(RuntimeError, match="needs dynamics, reward"):
+    with pytest.raises(AssertionError, match="only in part"):
         given.prior()
 
 
 def test_the_dynamics_alone_are_the_models_and_take_over_its_weights() -> None:
-    model = planned("one plan").model.compute_copy(torch.float32)
-    dynamics, z, a = packed_planner.PackedDynamics(model), torch.rand(2, 32), torch.rand(2, 6)
+    model = make_model()
+    dynamics, z, a = packed_planner.PackedDynamics(model), torch.rand(2, 16), torch.rand(2, 2)
     torch.testing.assert_close(dynamics.next(z, a), model.next(z, a), rtol=1e-5, atol=1e-6)
     before = dynamics.next(z, a)
     with torch.no_grad():

@@ -341,9 +341,16 @@ class Bf16Product {
     bool right = true;
     for (const Operand& rows : {Operand{x.data(), kStep}, Operand{x.data(), kInputs, kInputs * kRows}}) {
       for (const bool add : {false, true}) {
-        in_tiles(rows, panel.data(), kDepth, kOutputs, ours.data(), kSumStep, add);
         in_plain_loops(rows, panel.data(), kDepth, kOutputs, plain.data(), kSumStep, add);
+        const std::vector<float> before = ours;
+        in_tiles(rows, panel.data(), kDepth, kOutputs, ours.data(), kSumStep, add);
         right = right && ours == plain;
+        std::vector<float> half = before;
+        in_tiles(rows, panel.data(), kDepth, kOutputs / 2, half.data(), kSumStep, add);
+        for (int64_t r = 0; r < kRows; ++r) {
+          const auto row = half.begin() + r * kSumStep;
+          right = right && std::equal(row, row + kOutputs / 2, plain.begin() + r * kSumStep);
+        }
       }
     }
     return right;

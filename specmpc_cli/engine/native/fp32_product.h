@@ -9,7 +9,7 @@ namespace specmpc {
 // A tile of kRows × kOutputs sums stays in registers while the inputs pass.
 class Fp32Product {
  public:
-  using Weight = float;  // and after
+  using Weight = float;
   using Features = PlainFeatures<float>;
 
 #if defined(__AVX512F__)

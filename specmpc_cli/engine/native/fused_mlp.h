@@ -23,7 +23,8 @@ namespace specmpc {
 
 // As pack_mlp, which has looked at the weights: of type Given.
 template <typename Product, typename Given>
-at::Tensor pack_for(const std::vector<Rows>& weights, const at::TensorOptions& options, bool grouped, const std::optional<at::Tensor>& into) {
+at::Tensor pack_for(
+    const std::vector<Rows>& weights, const at::TensorOptions& options, bool grouped, const std::optional<at::Tensor>& into) {
   using Weight = typename Product::Weight;
   int64_t size = 0;
   for (const Rows& weight : weights) size += Product(weight.dim, weight.count).packed_size();

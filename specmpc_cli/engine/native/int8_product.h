@@ -61,7 +61,9 @@ struct RoundedRows {
       store_levels(_mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(load(x + k, lanes), factor)), offset), lanes, y + k);
     });
 #else
-    for (int64_t k = 0; k < count; ++k) y[k] = static_cast<uint8_t>(std::clamp(static_cast<int32_t>(std::rint(x[k] * inverse)) + zero, 0, 255));
+    for (int64_t k = 0; k < count; ++k) {
+      y[k] = static_cast<uint8_t>(std::clamp(static_cast<int32_t>(std::rint(x[k] * inverse)) + zero, 0, 255));
+    }
 #endif
   }
 
@@ -70,13 +72,14 @@ struct RoundedRows {
     round(r, x, found, count);
     constexpr int32_t kMiddle = 128;
     const uint8_t* y = values + r * step;
-    const float size = scales[r];
+    const float size = found.finite ? scales[r] : 0.0f;
     const int32_t zero = zeros[r];
     const Steps steps(size, 255.0f);
     uint8_t* to = rest.values + r * rest.step;
-    rest.scales[r] = found.finite ? steps.size : 0.0f;
+    rest.scales[r] = steps.size;
     rest.zeros[r] = kMiddle;
-    std::fill(to + count, to + rest.step, static_cast<uint8_t>(kMiddle));
+    std::fill(found.finite ? to + count : to, to + rest.step, static_cast<uint8_t>(kMiddle));
+    if (!found.finite) return;
 #ifdef SPECMPC_VNNI
     const __m512 whole = _mm512_set1_ps(size), factor = _mm512_set1_ps(steps.inverse);
     const __m512i offset = _mm512_set1_epi32(zero), middle = _mm512_set1_epi32(kMiddle);
@@ -158,9 +161,10 @@ class Int8Product {
         outputs[j] = output < out_ ? weight + output * step : nullptr;
         if (!outputs[j]) continue;
         const Spread found = spread(outputs[j], in_);
-        steps[j] = found.finite ? Steps(std::max(found.high, -found.low), 127.0f) : Steps();
+        steps[j] = Steps(std::max(found.high, -found.low), 127.0f);
         const float scale = found.finite ? steps[j].size : std::numeric_limits<float>::quiet_NaN();
         std::memcpy(head + (first + j) * sizeof(scale), &scale, sizeof(scale));
+        if (!found.finite) outputs[j] = nullptr;  // there is nothing to round
       }
       for (int64_t from = 0; from < padded_in_; from += kSome) {
         const int64_t some = std::min(kSome, in_ - from), fours = std::min(kBlock, (padded_in_ - from) / kInputs);
@@ -297,7 +301,12 @@ class Int8Product {
   // kRows rows from r on; `kAdd`: to what is there.
   template <int64_t V, bool kAdd>
   void multiply_tile(
-      const Operand& operand, int64_t r, const int8_t* head, const Floats (&weight_scales)[V], const Ints (&weight_sums)[V], float* sums) const {
+      const Operand& operand,
+      int64_t r,
+      const int8_t* head,
+      const Floats (&weight_scales)[V],
+      const Ints (&weight_sums)[V],
+      float* sums) const {
     const RoundedRows& rows = operand.rows;
     Ints found[kRows][V] = {};
     dot<kRows, V>(rows.values + r * rows.step, rows.step, head + kHead + operand.first * kOutputs, found);

@@ -181,7 +181,8 @@ class LearntMlp {
   }
 
   // A layer's sums, `step` apart, which are overwritten → the next layer's features, `width` apart; or y, after the last.
-  void end_rows(const LearntLayer& layer, const Block& rows, float* sums, int64_t step, Feature* features, int64_t width, const Rows& y) const {
+  void end_rows(
+      const LearntLayer& layer, const Block& rows, float* sums, int64_t step, Feature* features, int64_t width, const Rows& y) const {
     const float* shift = given_.vector(layer, 0, rows.group);
     if (!layer.normed) {
       for (int64_t r = 0; r < rows.count; ++r) {
@@ -197,7 +198,8 @@ class LearntMlp {
       Moments found[kTogether];
       for (int64_t r = first; r < end; ++r) {
         norm.factors = factors(layer, rows.group, rows.first + r);
-        found[r - first] = shifted_row<Feature>(sums + r * step, norm);
+        const bool exactly = sizes_.ends_in_simnorm(layer);  // its results are not rounded
+        found[r - first] = exactly ? shifted_row<float>(sums + r * step, norm) : shifted_row<Feature>(sums + r * step, norm);
       }
       for (int64_t r = first; r < end; ++r) {
         const int64_t row = rows.first + r;

@@ -1,4 +1,4 @@
-// The operators that compiled code calls on a CPU (engine/native/__init__.py builds and loads them).
+// The operators of a CPU: the planner's, and MLPs, in compiled code with gradients (engine/native/__init__.py builds and loads them).
 
 #include "fused_mlp.h"
 #include "learnt_call.h"

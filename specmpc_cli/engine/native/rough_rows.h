@@ -113,7 +113,8 @@ SPECMPC_INLINED Moments rough_shifted(float* x, const float* shift, const float*
 }
 inline Moments rough_shifted(float* x, const float* shift, int64_t dim) { return rough_shifted(x, shift, nullptr, dim); }
 
-// y ≈ mish(normed · weight + bias), where normed is LayerNorm's before its weight and bias. `seen` is called with vectors of normed and of y.
+// y ≈ mish(normed · weight + bias), where normed is LayerNorm's before its weight and bias. `seen` is called with vectors of normed and
+// of y.
 template <typename To, typename Seen>
 SPECMPC_INLINED void rough_mish_row(
     const float* x, const Moments& found, const float* weight, const float* bias, int64_t dim, To* y, Seen seen) {

@@ -62,7 +62,7 @@ inline void shares(const float* x, int64_t dim, int64_t size, float* y) {
 inline void softmax_row(float* x, int64_t dim, int64_t size, float* y) {
   below_greatest(x, dim, size);
 #pragma omp simd
-  for (int64_t j = 0; j < dim; ++j) x[j] = exp_for_mish(x[j]);
+  for (int64_t j = 0; j < dim; ++j) x[j] = capped_exp(x[j]);
   shares(x, dim, size, y);
 }
 
@@ -143,7 +143,7 @@ struct Bins {
 #endif
 #pragma omp simd reduction(+ : sum, weighted)
     for (int64_t j = 0; j < count; ++j) {
-      const float e = exp_for_mish(logits[j] - most);
+      const float e = capped_exp(logits[j] - most);
       sum += e;
       weighted += e * (static_cast<float>(static_cast<int32_t>(j)) - half);  // 64 bits have no conversion without AVX-512
     }

@@ -55,9 +55,9 @@ inline void convert(const float* from, int64_t count, at::BFloat16* to) {
 }
 
 // exp(x), to about 1e-6: 2^k · 2^r with |r| <= 1/2, the latter by its Taylor polynomial. From about x = 21 on it stays near 2^30, where
-// Mish is the identity in fp32. The exponent is clamped and not x: with a clamped x the compiler follows three cases, which takes twice
-// as long.
-SPECMPC_INLINED float exp_for_mish(float x) {
+// Mish is the identity in fp32; nothing else takes it of so much. The exponent is clamped and not x: with a clamped x the compiler follows
+// three cases, which takes twice as long.
+SPECMPC_INLINED float capped_exp(float x) {
   const float t = x * 1.44269504f;
   const float k = std::rint(t);
   const float r = t - k;
@@ -74,13 +74,13 @@ SPECMPC_INLINED float exp_for_mish(float x) {
 
 // norm_mish.mish: x · n/(n+2) with n = eˣ(eˣ+2).
 SPECMPC_INLINED float mish(float x) {
-  const float e = exp_for_mish(x);
+  const float e = capped_exp(x);
   const float n = e * (e + 2.0f);
   return x * (n / (n + 2.0f));
 }
 
 SPECMPC_INLINED float mish_slope(float x) {
-  const float e = exp_for_mish(x);
+  const float e = capped_exp(x);
   const float n = e * (e + 2.0f);
   const float inverse = 1.0f / (n + 2.0f);
   return (n + 4.0f * x * e * (e + 1.0f) * inverse) * inverse;

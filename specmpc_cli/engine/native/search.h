@@ -78,8 +78,11 @@ class LatentRows {
   int64_t count, step, latent, action;
 };
 
-// tanh(x), right to 2e-7.
-SPECMPC_INLINED float tanh_of(float x) { return 1.0f - 2.0f / (exp_for_mish(2.0f * x) + 1.0f); }
+// tanh(x), right to 2e-7; what is not a number stays so.
+SPECMPC_INLINED float tanh_of(float x) {
+  const float near = x > 10.0f ? 10.0f : x < -10.0f ? -10.0f : x;  // beyond it is 1 to fp32
+  return 1.0f - 2.0f / (capped_exp(2.0f * near) + 1.0f);
+}
 
 // The networks that a plan asks.
 template <typename Product>
@@ -114,7 +117,7 @@ struct Nets {
     const float low = sizes.log_std_low, half = 0.5f * (sizes.log_std_high - low);
 #pragma omp simd
     for (int64_t j = 0; j < all; ++j) {
-      mean[j] = tanh_of(mean[j] + noise[j] * exp_for_mish(low + half * (tanh_of(log_std[j]) + 1.0f)));
+      mean[j] = tanh_of(mean[j] + noise[j] * capped_exp(low + half * (tanh_of(log_std[j]) + 1.0f)));
     }
     for (int64_t r = 0; r < rows.count; ++r) std::copy_n(mean + r * dim, dim, rows.action_of(r));
   }
