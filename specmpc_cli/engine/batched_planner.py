@@ -10,37 +10,48 @@ from torch import Tensor
 
 from specmpc_cli.engine.captured import CapturedCall
 from specmpc_cli.engine.draws import Draws, host_draws
-from specmpc_cli.engine.packed_planner import PackedDynamics
-from specmpc_cli.engine.planner import EAGER, Dynamics, Kernels, PlannerNoise, PlannerSettings, plan
+from specmpc_cli.engine.packed_planner import PackedBehaviour
+from specmpc_cli.engine.planner import EAGER, Behaviour, Dynamics, Kernels, PlannerNoise, PlannerSettings, plan
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.types import Plan
 
 
-class _Networks:
-    """What plans, made of one model: a copy for the search, in its dtype, and what predicts the latents of what was found, in fp32."""
+class Networks:
+    """What plans, made of one model: a copy for the search, in its dtype, and in fp32 what predicts (`planner.Behaviour`).
+
+    Where both can be packed they are, at the first plan, because that may have to build the kernels first.
+    """
 
     def __init__(self, model: WorldModel, dtype: torch.dtype, packed: bool) -> None:
         assert dtype is not torch.int8 or packed
         self._model, self._dtype = model, dtype
         self._search = model.compute_copy(dtype)
-        self._dynamics: Dynamics = model
+        self._behaviour: Behaviour = model
         self._to_pack = packed
 
     def ready(self) -> tuple[WorldModel, Dynamics]:
-        """Both of them; packed at the first plan, because that may have to build the kernels first."""
+        """What searches, and what predicts the latents of what was found."""
         if self._to_pack:
             self._search.pack(int8=self._dtype is torch.int8)
             if self._search.packed:
                 self._search.take_weights(self._model)  # with biases as exact as they will be after every other change
-                self._dynamics = PackedDynamics(self._model)
+                self._behaviour = PackedBehaviour(self._model)
             self._to_pack = False
-        return self._search, self._dynamics
+        return self._search, self._behaviour
+
+    def next(self, z: Tensor, a: Tensor) -> Tensor:
+        """As the model's."""
+        return self._behaviour.next(z, a)
+
+    def pi_mean(self, z: Tensor) -> Tensor:
+        """As the model's."""
+        return self._behaviour.pi_mean(z)
 
     def take_weights(self) -> None:
         """Takes over the model's weights."""
         self._search.take_weights(self._model)
-        if isinstance(self._dynamics, PackedDynamics):
-            self._dynamics.renew()
+        if isinstance(self._behaviour, PackedBehaviour):
+            self._behaviour.renew()
 
 
 class BatchedPlanner:
@@ -72,7 +83,7 @@ class BatchedPlanner:
         assert 1 in batch_sizes
         self.settings = settings
         self._dims = model.dims
-        self._networks = _Networks(model, dtype, kernels.packed)
+        self.networks = Networks(model, dtype, kernels.packed)
         self._kernels = kernels
         self._batch_sizes = sorted(batch_sizes)
         self._explore, self._draws = explore, draws
@@ -95,7 +106,7 @@ class BatchedPlanner:
         self._refresh()
 
     def _take_weights(self) -> tuple[Tensor, ...]:
-        self._networks.take_weights()
+        self.networks.take_weights()
         return ()
 
     def __call__(self, z: Tensor, warm_start: Tensor, streams: Tensor, steps: Tensor) -> Plan:
@@ -124,7 +135,7 @@ class BatchedPlanner:
 
     def _plan(self, z: Tensor, warm_start: Tensor, streams: Tensor, steps: Tensor) -> tuple[Tensor, ...]:
         """The fields of a plan of as many rows as one call takes, draws included."""
-        search, dynamics = self._networks.ready()
+        search, dynamics = self.networks.ready()
         made = plan(search, z, warm_start, self.draw(streams, steps), self.settings, kernels=self._kernels, dynamics=dynamics)
         return tuple(getattr(made, field.name) for field in fields(made))
 

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from specmpc_cli.engine.layers import Stack
 from specmpc_cli.engine.packed import PackedMlp
 from specmpc_cli.engine.planner import PlannerSettings, Rollouts, Search
 from specmpc_cli.engine.world_model import WorldModel
@@ -39,22 +40,28 @@ def iterate(
     return Search(*found)
 
 
-class PackedDynamics:
-    """A model's dynamics alone, packed as they are: in fp32."""
+class PackedBehaviour:
+    """A model's dynamics and policy prior, packed as they are: in fp32. A single task's."""
 
     @torch.inference_mode(False)
     def __init__(self, model: WorldModel) -> None:
-        self._net = model.dynamics
-        self._packed = PackedMlp(*self._net.values(), self._net.ends_in)
+        self._nets: tuple[Stack, Stack] = model.dynamics, model.pi_net
+        self._dynamics, self._policy = (PackedMlp(*net.values(), net.ends_in) for net in self._nets)
+        self._action_dim = model.dims.action_dim
 
     def next(self, z: Tensor, a: Tensor) -> Tensor:
         """z [B, Z] and a [B, A] → [B, Z]."""
-        return self._packed(torch.cat([z, a], dim=-1))
+        return self._dynamics(torch.cat([z, a], dim=-1))
+
+    def pi_mean(self, z: Tensor) -> Tensor:
+        """z [B, Z] → [B, A]."""
+        return torch.tanh(self._policy(z)[:, : self._action_dim])
 
     @torch.no_grad()
     def renew(self) -> None:
         """Takes over the model's weights."""
-        self._packed.renew(*self._net.values())
+        for net, packed in zip(self._nets, (self._dynamics, self._policy), strict=True):
+            packed.renew(*net.values())
 
 
 def _networks(model: WorldModel) -> tuple[list[Tensor], list[Tensor], list[int], list[float]]:

@@ -75,6 +75,12 @@ class Dynamics(Protocol):
     def next(self, z: Tensor, a: Tensor) -> Tensor: ...
 
 
+class Behaviour(Dynamics, Protocol):
+    """What plans go on by where they end: dynamics, and the policy prior's mean."""
+
+    def pi_mean(self, z: Tensor) -> Tensor: ...
+
+
 def plan(
     model: WorldModel,
     z: Tensor,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specmpc_cli.engine.gate import METRICS, GateLimits, GateRule, decide, limits_of
-from specmpc_cli.engine.planner import PlannerSettings
+from specmpc_cli.engine.planner import Behaviour, PlannerSettings
 from specmpc_cli.engine.rows import row_by_row
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.types import DEFAULT_COURSE, Corrector, Course, Decision, Plan, ReplanReason, RunnerState, StepLog, Visit
@@ -106,6 +106,7 @@ class SpeculativeRunner:
         history: int = 8,
         judge: Judge = judge,
         refinement: Refinement | None = None,
+        behaviour: Behaviour | None = None,
     ) -> None:
         """
         Args:
@@ -118,8 +119,10 @@ class SpeculativeRunner:
             history: W, the steps a corrector may look back on.
             judge: the function above, or a compiled one.
             refinement: which replans may be cheaper ones; None for none.
+            behaviour: predicts tails and what follows a correction, by default `model`; a planner's networks compute the same, faster.
         """
         self.model = model
+        self._behaviour = behaviour or model
         self.planner = planner
         self.rule = rule
         self.refinement = refinement
@@ -128,7 +131,7 @@ class SpeculativeRunner:
         self.corrector = corrector
         self.history = history
         self._executes_mean = course.executes == "mean" and rule.horizon > 1
-        self._next_action = model.pi_mean if course.tail == "policy" else None
+        self._next_action = self._behaviour.pi_mean if course.tail == "policy" else None
         self._rerolls = course.reroll and corrector is not None and rule.horizon > 1
         # A plan goes on for a whole planner's horizon past its last step: that is the warm start of the next one, and what is seen where it
         # is exhausted has a planned action to be compared with. One step per plan is plain TD-MPC2, which knows no tail.
@@ -191,7 +194,7 @@ class SpeculativeRunner:
             if t == len(executed):
                 executed.append(executed[-1] if self._next_action is None else self._next_action(states[t]))
             if t + 1 == len(states):
-                states.append(self.model.next(states[t], executed[t]))
+                states.append(self._behaviour.next(states[t], executed[t]))
         return torch.stack(executed, dim=1), torch.stack(states, dim=1)
 
     def _replan_rows(self, planner: Planner, mask: Tensor, seen: Judgement, state: RunnerState, first: Tensor) -> Replanned | None:
@@ -251,7 +254,7 @@ class SpeculativeRunner:
         """z [B, Z], its action [B, A], the next planned actions [B, H, A] and which are the tail's [B, H] → those and their latents."""
         proposed, states = [], []
         for t in range(planned.shape[1]):
-            z = self.model.next(z, action)
+            z = self._behaviour.next(z, action)
             action = planned[:, t]
             if self._next_action is not None:
                 action = torch.where(in_tail[:, t, None], self._next_action(z), action)

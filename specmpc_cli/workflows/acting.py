@@ -119,6 +119,7 @@ class Workbench:
             history=network.dims.history if network else DEFAULT_HISTORY,
             judge=self._judge,
             refinement=self.refinement if rule.horizon > 1 else None,  # with one step per plan it is plain replanning
+            behaviour=self.planner.networks,
         )
 
     def warm_up(self, ways: Iterable[Way], rows: int) -> str | None:

@@ -145,7 +145,7 @@ def test_a_planner_in_int8_searches_in_8_bits_and_predicts_in_fp32(monkeypatch: 
     model = make_model()
     planner = BatchedPlanner(model, SMALL, dtype=torch.int8, kernels=compiled_kernels())
     assert calls(planner, model) == calls(BatchedPlanner(model, SMALL, kernels=compiled_kernels()), model)
-    assert planner._networks._search.dynamics.packed.weights.dtype is torch.int8
+    assert planner.networks.ready()[0].dynamics.packed.weights.dtype is torch.int8
     arguments = torch.rand(1, 16), torch.zeros(1, 3, 2), torch.tensor([1]), torch.tensor([3])
     with torch.inference_mode():
         found, exact = planner(*arguments), BatchedPlanner(model, SMALL)(*arguments)

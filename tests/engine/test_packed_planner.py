@@ -248,14 +248,18 @@ def test_networks_of_other_sizes_are_refused() -> None:
         given.prior()
 
 
-def test_the_dynamics_alone_are_the_models_and_take_over_its_weights() -> None:
+def test_what_predicts_is_the_models_and_takes_over_its_weights() -> None:
     model = make_model()
-    dynamics, z, a = packed_planner.PackedDynamics(model), torch.rand(2, 16), torch.rand(2, 2)
-    torch.testing.assert_close(dynamics.next(z, a), model.next(z, a), rtol=1e-5, atol=1e-6)
-    before = dynamics.next(z, a)
+    packed, z, a = packed_planner.PackedBehaviour(model), torch.rand(2, 16), torch.rand(2, 2)
+
+    def results(behaviour: planner.Behaviour) -> tuple[Tensor, ...]:
+        return behaviour.next(z, a), behaviour.pi_mean(z)
+
+    before = results(packed)
+    torch.testing.assert_close(before, results(model), rtol=1e-5, atol=1e-6)
     with torch.no_grad():
-        for parameter in model.dynamics.parameters():
+        for parameter in model.parameters():
             parameter.mul_(1.5)
-    dynamics.renew()
-    torch.testing.assert_close(dynamics.next(z, a), model.next(z, a), rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(dynamics.next(z, a), before)
+    packed.renew()
+    torch.testing.assert_close(results(packed), results(model), rtol=1e-5, atol=1e-6)
+    assert not any(torch.allclose(*pair) for pair in zip(results(packed), before, strict=True))
