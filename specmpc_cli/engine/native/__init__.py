@@ -1,6 +1,6 @@
 """Kernels of our own for a CPU, in C++: the planner's functions in one call each (search.h), and MLPs that learn (learnt_mlp.h).
 
-They are built at their first use, in some 22 seconds of CPU time, for the machine that they run on, and kept beside the compiler's own
+They are built at their first use, in some 25 seconds of CPU time, for the machine that they run on, and kept beside the compiler's own
 cache. Where that cannot be done, the formulas that they stand for are computed instead (layers.py).
 """
 
