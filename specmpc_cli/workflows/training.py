@@ -246,9 +246,7 @@ class Trainer:
                 return self._runner(self._acting, self.config.train.acting.horizon)
 
     def _runner(self, planner: BatchedPlanner, horizon: int) -> SpeculativeRunner:
-        return SpeculativeRunner(
-            self.model, planner, GateRule(horizon, accept_below=math.inf), judge=self._judge, behaviour=planner.networks
-        )
+        return SpeculativeRunner(self.model, planner, GateRule(horizon, math.inf), judge=self._judge, behaviour=planner.networks)
 
     def _decided(self, count: int) -> None:
         """So many decisions were made: learns what is due. Their own episodes can be learnt from only when they have ended."""
