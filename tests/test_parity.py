@@ -22,7 +22,7 @@ from specmpc_cli.engine.planner import EAGER, PlannerNoise, PlannerSettings, Sea
 from specmpc_cli.engine.world_model import WorldModel, WorldModelDims
 from specmpc_cli.learning.learner import Learner, LearnerSettings
 from specmpc_cli.learning.losses import Batch, LossSettings, UpdateNoise, draw_policy
-from specmpc_cli.runtime import choose_runtime
+from specmpc_cli.runtime import Runtime
 
 VECTORS = Path(os.environ.get("SPECMPC_VECTORS") or Path(__file__).parent / "data" / "vectors")
 NAMES = sorted(path.name.removesuffix(".json") for path in VECTORS.glob("*.json"))
@@ -180,8 +180,9 @@ def test_whole_plans(case: Case, kind: str, packed: bool) -> None:
     torch.testing.assert_close(made.actions[0, 0], case.action(f"plan_{kind}_action"), rtol=0, atol=PLAN)
 
 
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=pytest.mark.compiler)], ids=["formulas", "kernels"])
 @pytest.mark.parametrize("recording", UPDATES, ids=lambda recording: recording[1].name)
-def test_two_updates(recording: tuple[str, Path]) -> None:
+def test_two_updates(recording: tuple[str, Path], kernels: bool) -> None:
     name, checkpoint = recording
     config: dict[str, Any] = json.loads((VECTORS / f"{name}.json").read_text())
     values = np.load(VECTORS / f"{name}.update.npz")
@@ -195,7 +196,9 @@ def test_two_updates(recording: tuple[str, Path]) -> None:
     discounts = config["discount"] if config["multitask"] else None
     losses = LossSettings(discount=0.0 if discounts else config["discount"], **{name: config[name] for name in names})
     settings = LearnerSettings(lr=config["lr"], enc_lr_scale=config["enc_lr_scale"], grad_clip_norm=config["grad_clip_norm"], dropout=0.0)
-    learner = Learner(model, losses, settings, choose_runtime("cpu", "fp32"), seed=0, discounts=discounts)
+    assert not kernels or native.built(), native.problem()
+    runtime = Runtime(torch.device("cpu"), torch.float32, compiled=kernels, threads=1)
+    learner = Learner(model, losses, settings, runtime, seed=0, discounts=discounts)
     learner.scale.fill_(float(get("scale_before")))
     batch = Batch(
         get("batch_obs"),

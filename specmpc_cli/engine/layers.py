@@ -4,25 +4,20 @@ Weights may be stored in bf16: each layer casts its input to the weight's dtype 
 (LayerNorm, activation) in fp32, so one code path serves exact fp32 and fast bf16. They may also be padded with zeros to sizes that a GPU's
 bf16 products like (`Affine.pad`), or packed for a CPU, where an MLP is then one call (`Stack.pack`); what they compute stays the same,
 unless they are rounded to 8 bits.
-
-Where layers learn on a CPU, in compiled code, they are one call each way, too (`in_one_call`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specmpc_cli.engine import native
-from specmpc_cli.engine.native.learnt_mlp import MISH, PLAIN, mlp
+from specmpc_cli.engine.native.learnt_mlp import PLAIN
 from specmpc_cli.engine.norm_mish import norm_mish, over_rows
 from specmpc_cli.engine.packed import PackedMlp
-
-_WORTH_A_CALL = 1 << 15  # features of a first layer; below, what the compiler makes of the formulas is as fast
 
 
 class SimNorm:
@@ -96,9 +91,6 @@ class NormedLinear(Linear):
 
         `shared` [..., 1, S] holds leading input features that all N rows have in common; their part of the product is computed once.
         """
-        ends_in = self.simnorm.dim if self.simnorm else MISH
-        if shared is None and (y := in_one_call([self], [x], ends_in)) is not None:
-            return y
         width = 0 if shared is None else shared.shape[-1]
         shift = self.bias if shared is None else F.linear(shared.squeeze(-2).to(self.weight.dtype), self._columns(0, width), self.bias)
         own = self._columns(width, self.weight.shape[1])
@@ -169,8 +161,6 @@ class Mlp(Stack):
         x, shared = joined(*parts)
         if self.packed is not None:
             return self.packed(x, shared)
-        if shared is None and (y := in_one_call(self, parts, self.ends_in)) is not None:
-            return y
         first, *others = self
         x = first(x) if shared is None else first(x, shared=shared)
         for layer in others:
@@ -189,26 +179,6 @@ def joined(*parts: Tensor) -> tuple[Tensor, Tensor | None]:
         return torch.cat(parts, dim=-1), None
     (own,) = others
     return own, first
-
-
-def in_one_call(
-    layers: Iterable[nn.Module], parts: Sequence[Tensor], ends_in: int, heads: Tensor | None = None, mask: Tensor | None = None
-) -> Tensor | None:
-    """These layers at inputs [..., N, I], side by side in parts, with gradients; None where that is not at hand, or not worth it.
-
-    Arguments as in `native.learnt_mlp.mlp`; of heads → [G, N, out], and inputs have two axes.
-    """
-    affine = cast(list[Affine], list(layers))
-    first, rows = affine[0].weight, parts[0].shape[:-1]
-    if not torch.compiler.is_compiling() or first.device.type != "cpu" or first.dtype is not torch.float32:
-        return None
-    bf16 = torch.is_autocast_enabled("cpu")
-    if rows.numel() * first.shape[-2] < _WORTH_A_CALL or not native.multiplies(torch.bfloat16 if bf16 else torch.float32):
-        return None
-    flat = [part.reshape(-1, part.shape[-1]).float() for part in parts]
-    vectors = [vector for layer in affine for vector in layer.vectors()]
-    y = mlp(flat, [layer.weight for layer in affine], vectors, ends_in=ends_in, heads=heads, mask=mask, bf16=bf16)
-    return y if first.dim() == 3 else y.view(*rows, -1)
 
 
 class LinearEnsemble(Affine):

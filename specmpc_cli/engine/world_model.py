@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from specmpc_cli.engine import native
-from specmpc_cli.engine.layers import Affine, Linear, LinearEnsemble, Mlp, SimNorm, Stack, in_one_call, joined
+from specmpc_cli.engine.layers import Affine, Linear, LinearEnsemble, Mlp, SimNorm, Stack, joined
 from specmpc_cli.engine.twohot import two_hot_inv
 
 LOG_STD_RANGE = (-10.0, 2.0)  # of the policy prior
@@ -93,16 +93,17 @@ class QEnsemble(nn.Module):
             x = layer(x, head)
         return x
 
-    def of_rows(self, *parts: Tensor, q_index: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Inputs [N, Z+A], side by side in parts → logits [G, N, bins] of the heads q_index [G], or of all. `mask` as in `logits`.
+    def of_rows(self, x: Tensor, a: Tensor, q_index: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x [..., Z], a [..., A] → logits [G, ..., bins] of the heads q_index [G], or of all. `mask` as in `logits`, for all N rows."""
+        heads = self.picked(q_index)
+        za = torch.cat([x, a], dim=-1)
+        rows = za.flatten(0, -2)
+        logits = self.logits(rows.unsqueeze(0) if heads is None else rows.expand(len(heads), -1, -1), heads, mask)
+        return logits.unflatten(1, za.shape[:-1])
 
-        With two heads in all, a draw of two changes nothing.
-        """
-        heads = None if self.num_q == 2 else q_index
-        if (y := in_one_call(self.layers, parts, self.layers.ends_in, heads, mask)) is not None:
-            return y
-        x = torch.cat(parts, dim=-1)
-        return self.logits(x.unsqueeze(0) if heads is None else x.expand(len(heads), -1, -1), heads, mask)
+    def picked(self, q_index: Tensor | None) -> Tensor | None:
+        """The heads that were drawn; None means all: with two in all, a draw of two changes nothing."""
+        return None if self.num_q == 2 else q_index
 
 
 class WorldModel(nn.Module):
@@ -147,9 +148,9 @@ class WorldModel(nn.Module):
         if self.task_emb is None:
             return x
         assert task is not None, "a model of a task set needs to know the task"
-        return torch.cat([x, self._embedding_of(task).expand(*x.shape[:-1], -1)], dim=-1)
+        return torch.cat([x, self.embedding_of(task).expand(*x.shape[:-1], -1)], dim=-1)
 
-    def _embedding_of(self, task: Tensor) -> Tensor:
+    def embedding_of(self, task: Tensor) -> Tensor:
         """Embeddings [..., D], as the official nn.Embedding(max_norm=1) looks them up."""
         assert self.task_emb is not None
         return within_unit_ball(self.task_emb(task))
@@ -246,7 +247,7 @@ class WorldModel(nn.Module):
         """
         d = self.dims
         assert self.task_emb is not None and index < d.num_tasks and obs_dim <= d.obs_dim and action_dim <= d.action_dim, (index, d)
-        embedding = self._embedding_of(torch.tensor(index)).detach()
+        embedding = self.embedding_of(torch.tensor(index)).detach()
         single = WorldModel(replace(d, obs_dim=obs_dim, action_dim=action_dim, num_tasks=0, task_dim=0))
         state = {name: value for name, value in self.state_dict().items() if name in single.state_dict()}
         for name in state:

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from specmpc_cli.engine.captured import CapturedCall
-from specmpc_cli.engine.compiled import compiled
 from specmpc_cli.engine.world_model import WorldModel, within_unit_ball
-from specmpc_cli.learning.losses import Batch, LossSettings, ModelLoss, PolicyLoss, UpdateNoise, policy_loss, world_model_loss
+from specmpc_cli.learning.gradients import gradients_for
+from specmpc_cli.learning.losses import Batch, LossSettings, UpdateNoise
 from specmpc_cli.runtime import Runtime
 
 
@@ -51,22 +49,6 @@ class UpdateInfo(NamedTuple):
     pi_scale: Tensor
 
 
-class LossKernels(NamedTuple):
-    """The two losses, eager or compiled; with their backward passes they take nearly all of an update's time."""
-
-    world_model: Callable[[WorldModel, Batch, UpdateNoise, LossSettings, Tensor | None], ModelLoss]
-    policy: Callable[[WorldModel, Tensor, UpdateNoise, Tensor, LossSettings, Batch], PolicyLoss]
-
-
-EAGER_LOSSES = LossKernels(world_model_loss, policy_loss)
-
-
-@cache
-def compiled_losses() -> LossKernels:
-    """The losses, compiled at their first call for each new shape."""
-    return LossKernels(compiled(world_model_loss), compiled(policy_loss))
-
-
 class Learner:
     """Optimises a world model in place: world model, then policy prior, then the target heads."""
 
@@ -92,7 +74,7 @@ class Learner:
         self.updates = 0
         self.scale = torch.ones((), device=runtime.device)
         self._losses, self._settings, self._runtime, self._seed = losses, settings, runtime, seed
-        self._kernels = compiled_losses() if runtime.compiled else EAGER_LOSSES
+        self._gradients = gradients_for(model, losses, self._discounts, runtime)
         model.requires_grad_(True).q_target.requires_grad_(False)
         policy = list(model.pi_net.parameters())
         encoder = list(model.encoder.parameters())
@@ -131,7 +113,7 @@ class Learner:
             torch.zeros(size, device=device) if "demonstrated" in self._fields else None,
         )
         noise = self.draw(horizon, size)
-        self._policy_loss(self._world_model_loss(batch, noise).latents, noise, batch)
+        self._gradients.policy(self._gradients.world_model(batch, noise).latents, noise, self.scale, batch)
         self._forget_gradients()
 
     def _forget_gradients(self) -> None:
@@ -140,7 +122,7 @@ class Learner:
 
     def compute_eagerly(self) -> None:
         """Gives up compiling."""
-        self._kernels = EAGER_LOSSES
+        self._gradients = gradients_for(self.model, self._losses, self._discounts, replace(self._runtime, compiled=False))
 
     def _drawn_step(self, *fields: Tensor) -> UpdateInfo:
         batch = Batch(**dict(zip(self._fields, fields, strict=True)))
@@ -166,7 +148,7 @@ class Learner:
         if self._embedding is not None:
             self._embedding.restore_gradient()
             self._embedding.bound(batch.task)
-        loss = self._world_model_loss(batch, noise)
+        loss = self._gradients.world_model(batch, noise)
         grad_norm = clip_gradients(self._world, clip)
         self._world_adam.step()
         self._world_adam.zero_grad(set_to_none=True)
@@ -174,7 +156,7 @@ class Learner:
         # Policy prior.
         if self._embedding is not None:
             self._embedding.bound(batch.task)
-        policy = self._policy_loss(loss.latents, noise, batch)
+        policy = self._gradients.policy(loss.latents, noise, self.scale, batch)
         pi_grad_norm = clip_gradients(self._policy, clip)
         self._policy_adam.step()
         self._policy_adam.zero_grad(set_to_none=True)
@@ -192,31 +174,14 @@ class Learner:
             loss.reward,
             loss.value,
             loss.termination,
-            loss.total.detach(),
+            loss.total,
             grad_norm,
-            policy.total.detach(),
+            policy.total,
             pi_grad_norm,
             policy.entropy,
             policy.scaled_entropy,
             policy.scale,
         )
-
-    def _world_model_loss(self, batch: Batch, noise: UpdateNoise) -> ModelLoss:
-        with self._autocast():
-            loss = self._kernels.world_model(self.model, batch, noise, self._losses, self._discounts)
-        loss.total.backward()
-        return loss
-
-    def _policy_loss(self, latents: Tensor, noise: UpdateNoise, batch: Batch) -> PolicyLoss:
-        with _fixed(self.model.q), self._autocast():
-            loss = self._kernels.policy(self.model, latents, noise, self.scale, self._losses, batch)
-        loss.total.backward()
-        return loss
-
-    def _autocast(self) -> torch.autocast:
-        # No cache: a weight that is cast first under no_grad, for the targets, would be reused without its gradient.
-        bf16 = self._runtime.dtype is torch.bfloat16
-        return torch.autocast(self._runtime.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything but the number of updates that the next update depends on, as named tensors."""
@@ -309,13 +274,3 @@ def update_key(seed: int, number: int) -> int:
     """The 63-bit seed of an update's draws."""
     digest = hashlib.blake2b(f"update/{seed}/{number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-@contextmanager
-def _fixed(module: nn.Module) -> Iterator[None]:
-    """No gradients for this module's weights inside."""
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        module.requires_grad_(True)

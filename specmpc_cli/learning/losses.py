@@ -65,6 +65,16 @@ class ModelLoss(NamedTuple):
     latents: Tensor  # [H+1, B, Z], detached
 
 
+class PolicyDraw(NamedTuple):
+    """Actions of the policy prior [..., A], their entropies and scaled entropies [...]. The latter are before squashing, times the task's
+    number of action dimensions, as the official code has it.
+    """
+
+    action: Tensor
+    entropy: Tensor
+    scaled_entropy: Tensor
+
+
 class PolicyLoss(NamedTuple):
     """The policy prior's loss, its entropies, and the running scale after this update."""
 
@@ -79,67 +89,68 @@ def world_model_loss(model: WorldModel, batch: Batch, noise: UpdateNoise, s: Los
 
     `discounts` [tasks] takes the place of the settings' discount for models of a task set.
     """
-    horizon, size = batch.reward.shape
-    weight = s.rho ** torch.arange(horizon, device=batch.reward.device)  # [H]
+    task = batch.task
     with torch.no_grad():
-        seen = model.encode(batch.obs[1:], batch.task)  # [H, B, Z]
-        target = td_target(model, seen, batch, noise, s.discount if discounts is None else discounts[batch.task])  # [H, B]
-    latents = [model.encode(batch.obs[0], batch.task)]
+        seen = model.encode(batch.obs[1:], task)  # [H, B, Z]
+        action = model.pi_sample(seen, noise.td_eps, task)
+        values = model.decode(model.q_target.of_rows(model.with_task(seen, task), action, q_index=noise.td_q_index))  # [2, H, B]
+        target = td_target(values, batch, s, discounts)
+    latents = [model.encode(batch.obs[0], task)]
     for action in batch.action:
-        latents.append(model.next(latents[-1], action, batch.task))
+        latents.append(model.next(latents[-1], action, task))
     z = torch.stack(latents)  # [H+1, B, Z]
-    from_z = model.with_task(z[:-1], batch.task)
+    from_z = model.with_task(z[:-1], task)
 
+    weight = s.rho ** torch.arange(len(batch.reward), device=z.device)  # [H]
+    bins = model.dims.vmin, model.dims.vmax
     consistency = ((z[1:] - seen).square().mean((1, 2)) * weight).mean()
-    d = model.dims
-    reward = (two_hot_loss(model.reward_net(from_z, batch.action), batch.reward, d.vmin, d.vmax).mean(1) * weight).mean()
-    logits = model.q.of_rows(from_z.flatten(0, 1), batch.action.flatten(0, 1), mask=noise.q_mask)  # [E, H·B, bins]
-    logits = logits.unflatten(1, (horizon, size))
-    value = (two_hot_loss(logits, target, d.vmin, d.vmax).mean((0, 2)) * weight).mean()
+    reward = (two_hot_loss(model.reward_net(from_z, batch.action), batch.reward, *bins).mean(1) * weight).mean()
+    logits = model.q.of_rows(from_z, batch.action, mask=noise.q_mask)  # [E, H, B, bins]
+    value = (two_hot_loss(logits, target, *bins).mean((0, 2)) * weight).mean()
     termination = torch.zeros_like(value)
     if model.termination_net is not None:
-        termination = F.binary_cross_entropy_with_logits(
-            model.termination_net(model.with_task(z[1:], batch.task)).squeeze(-1), batch.terminated
-        )
+        logit = model.termination_net(model.with_task(z[1:], task)).squeeze(-1)
+        termination = F.binary_cross_entropy_with_logits(logit, batch.terminated)
     total = s.consistency_coef * consistency + s.reward_coef * reward + s.value_coef * value + s.termination_coef * termination
     return ModelLoss(total, consistency.detach(), reward.detach(), value.detach(), termination.detach(), z.detach())
 
 
-def td_target(model: WorldModel, next_z: Tensor, batch: Batch, noise: UpdateNoise, discount: float | Tensor) -> Tensor:
-    """Reward plus the discounted minimum of two target heads at the policy prior's action; [H, B]. `discount` may be [B]."""
-    action = model.pi_sample(next_z, noise.td_eps, batch.task)
-    from_z = model.with_task(next_z, batch.task).flatten(0, 1)
-    values = model.decode(model.q_target.of_rows(from_z, action.flatten(0, 1), q_index=noise.td_q_index))  # [2, H·B]
-    return batch.reward + discount * (1 - batch.terminated) * values.amin(0).view_as(batch.reward)
+def td_target(values: Tensor, batch: Batch, s: LossSettings, discounts: Tensor | None = None) -> Tensor:
+    """Reward plus the discounted minimum of two target heads' values [2, H, B] at the policy prior's action; [H, B]."""
+    discount = s.discount if discounts is None else discounts[batch.task]  # or [B]
+    return batch.reward + discount * (1 - batch.terminated) * values.amin(0)
 
 
 def policy_loss(model: WorldModel, z: Tensor, noise: UpdateNoise, scale: Tensor, s: LossSettings, batch: Batch) -> PolicyLoss:
     """Scaled value and entropy of the policy prior's action at the latents z [H+1, B, Z] of the batch.
 
-    Where slices are demonstrations the policy's draws also imitate them: our addition, after MoDem (Hansen et al., 2023), which clones
-    them before it trains. Draws, not means: with a free spread, TD targets would value noise around the right actions.
-
-    The caller keeps gradients from the Q-heads' weights (learner.py): only the policy is to learn from this.
+    The caller keeps gradients from the Q-heads' weights (gradients.py): only the policy is to learn from this.
     """
     task = batch.task
-    action, entropy, scaled_entropy = draw_policy(model, z, noise.pi_eps, task)
-    from_z = model.with_task(z, task).flatten(0, 1)
-    logits = model.q.of_rows(from_z, action.flatten(0, 1), q_index=noise.pi_q_index, mask=noise.pi_q_mask)
-    values = model.decode(logits).mean(0).view_as(entropy)  # [H+1, B]
+    drawn = draw_policy(model, z, noise.pi_eps, task)
+    logits = model.q.of_rows(model.with_task(z, task), drawn.action, q_index=noise.pi_q_index, mask=noise.pi_q_mask)
+    values = model.decode(logits).mean(0)  # [H+1, B]
     scale = torch.lerp(scale, percentile_range(values[0].detach()).clamp(min=1.0), s.tau)
     weight = s.rho ** torch.arange(len(z), device=z.device)
-    total = (-(s.entropy_coef * scaled_entropy + values / scale).mean(1) * weight).mean()
+    total = (-(s.entropy_coef * drawn.scaled_entropy + values / scale).mean(1) * weight).mean()
     if batch.demonstrated is not None:
-        distance = (action[:-1] - batch.action).square().sum(-1)  # [H, B]
-        total = total + s.demonstration_coef * ((distance * batch.demonstrated).mean(1) * weight[:-1]).mean()
-    return PolicyLoss(total, entropy.mean().detach(), scaled_entropy.mean().detach(), scale)
+        total = total + imitation_loss(drawn.action, batch.action, batch.demonstrated, s)
+    return PolicyLoss(total, drawn.entropy.mean().detach(), drawn.scaled_entropy.mean().detach(), scale)
 
 
-def draw_policy(model: WorldModel, z: Tensor, eps: Tensor, task: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The policy prior's draw at z [..., Z] for standard normal eps [..., A]: action [..., A], its entropy and scaled entropy [...].
+def imitation_loss(drawn: Tensor, shown: Tensor, demonstrated: Tensor, s: LossSettings) -> Tensor:
+    """How far the policy's draws [H+1, B, A] are from actions [H, B, A] where `demonstrated` [B] says that these are demonstrations.
 
-    The scaled one is before squashing, times the task's number of action dimensions, as the official code has it.
+    Our addition, after MoDem (Hansen et al., 2023), which clones them before it trains. Draws, not means: with a free spread, TD targets
+    would value noise around the right actions.
     """
+    weight = s.rho ** torch.arange(len(shown), device=shown.device)
+    distance = (drawn[:-1] - shown).square().sum(-1)  # [H, B]
+    return s.demonstration_coef * ((distance * demonstrated).mean(1) * weight).mean()
+
+
+def draw_policy(model: WorldModel, z: Tensor, eps: Tensor, task: Tensor | None) -> PolicyDraw:
+    """The policy prior's draw at z [..., Z] for standard normal eps [..., A]."""
     mean, log_std = model.pi(z, task)
     eps = model.mask_action(eps, task)
     action = torch.tanh(mean + eps * torch.exp(log_std))
@@ -147,7 +158,7 @@ def draw_policy(model: WorldModel, z: Tensor, eps: Tensor, task: Tensor | None) 
     gaussian = (-0.5 * eps.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
     entropy = -(gaussian - torch.log(F.relu(1 - action.square()) + 1e-6).sum(-1))
     dimensions = action.shape[-1] if model.task_emb is None else model.action_masks[task].sum(-1)
-    return action, entropy, -gaussian * dimensions
+    return PolicyDraw(action, entropy, -gaussian * dimensions)
 
 
 def percentile_range(x: Tensor) -> Tensor:

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specmpc_cli.engine import layers, native
-from specmpc_cli.engine.compiled import compiled
-from specmpc_cli.engine.layers import Mlp, SimNorm
-from specmpc_cli.engine.native.learnt_mlp import mlp
+from specmpc_cli.engine import native
+from specmpc_cli.engine.layers import SimNorm
+from specmpc_cli.engine.native.learnt_mlp import Keep, LearntCall, LearntMlp
 
 pytestmark = pytest.mark.compiler
 
@@ -77,9 +76,16 @@ class Given:
         mask = None if self.mask is None else self.mask.double()
         return replace(self, parts=twin(self.parts), weights=twin(self.weights), vectors=twin(self.vectors), mask=mask)
 
+    def mlp(self, bf16: bool = False) -> LearntMlp:
+        return LearntMlp(self.weights, self.vectors, self.ends_in, bf16=bf16)
+
+    def call(self, keep: Keep, bf16: bool = False) -> LearntCall:
+        with torch.no_grad():
+            return self.mlp(bf16)(*self.parts, keep=keep, heads=self.heads, mask=self.mask)
+
     def ours(self, bf16: bool = False) -> Tensor:
-        settings: dict[str, Any] = {"ends_in": self.ends_in, "heads": self.heads, "mask": self.mask}
-        return mlp(self.parts, self.weights, self.vectors, bf16=bf16, **settings)
+        """What autograd can go through."""
+        return _Differentiable.apply(self, bf16, *self.leaves())
 
     def formula(self, bf16: bool = False) -> Tensor:
         """From torch's own functions, in the tensors' precision; products of bf16 are of rounded operands."""
@@ -104,6 +110,23 @@ class Given:
                 x = F.layer_norm(x, x.shape[-1:]) * vector() + vector()
                 x = SimNorm(self.ends_in)(x) if last and self.ends_in > 0 else F.mish(x)
         return x
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, some: Given, bf16: bool, *leaves: Tensor) -> Tensor:
+        wanted = ctx.needs_input_grad[2:]
+        ctx.wanted, ctx.learns = wanted[: len(some.parts)], any(wanted[len(some.parts) :])
+        keep = Keep.FOR_PARAMETERS if ctx.learns else Keep.FOR_INPUTS if any(ctx.wanted) else Keep.NOTHING
+        ctx.call = some.call(keep, bf16)
+        return ctx.call.y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        of_parts, of_parameters = ctx.call.gradients(*grad_outputs, *ctx.wanted)
+        rest = iter(of_parts)
+        learnt = of_parameters if ctx.learns else [None] * (len(ctx.needs_input_grad) - 2 - len(ctx.wanted))
+        return None, None, *(next(rest) if wants else None for wants in ctx.wanted), *learnt
 
 
 def given(name: str) -> Given:
@@ -163,24 +186,9 @@ def test_bf16_rounds_operands_and_what_is_kept(name: str) -> None:
             assert (mine.grad - exact.grad).norm() < 6e-3 * exact.grad.norm()
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("name", ["odd sizes", "simnorm", "two parts, the second is wanted", "heads with dropout", "picked heads"])
-def test_it_keeps_to_the_rules_for_custom_operators(name: str, bf16: bool) -> None:
-    some = given(name)
-    keep = 2 if some.heads is None else 1
-    settings = (some.heads, some.mask, some.ends_in, bf16, keep)
-    torch.library.opcheck(torch.ops.specmpc.mlp.default, (some.parts, some.weights, some.vectors, *settings))
-    parts, weights, vectors = ([tensor.detach() for tensor in tensors] for tensors in (some.parts, some.weights, some.vectors))
-    y, kept = torch.ops.specmpc.mlp(parts, weights, vectors, *settings)
-    wanted = [part.requires_grad for part in some.parts]
-    arguments = (torch.randn_like(y), y, kept, parts, weights, vectors, *settings, wanted)
-    torch.library.opcheck(torch.ops.specmpc.mlp_backward.default, arguments)
-
-
 def test_without_gradients_nothing_is_kept() -> None:
     some = given("odd sizes")
-    arguments = (some.parts, some.weights, some.vectors, None, None, 0, False)
-    sizes = [torch.ops.specmpc.mlp(*arguments, keep)[1].numel() for keep in range(3)]
+    sizes = [some.call(keep).kept.numel() for keep in Keep]
     assert sizes[0] == 0 < sizes[1] < sizes[2]
     with torch.no_grad():
         torch.testing.assert_close(some.ours(), some.doubled().formula().float(), rtol=0, atol=2e-5)
@@ -317,23 +325,3 @@ def test_gradients_of_another_call_are_refused() -> None:
     for grad, made, seen, keep in ((y, y, kept, 1), (y, y, kept, 0), (y, y[:5], kept, 2), (y[:5], y[:5], kept, 2), (y, y, kept[1:], 2)):
         with pytest.raises(RuntimeError, match="mlp_backward"):
             torch.ops.specmpc.mlp_backward(grad, made, seen, *lists, *settings, keep, [True, True])
-
-
-def test_compiled_code_calls_it_where_there_is_enough_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = Mlp(24, [64], 16, SimNorm(8))
-
-    def called(rows: int) -> set[str]:
-        x = torch.randn(rows, 24, requires_grad=True)
-        with torch.profiler.profile() as profile:
-            compiled(net.forward)(x).square().sum().backward()
-        return {event.key for event in profile.key_averages()} & {"specmpc::mlp", "specmpc::mlp_backward"}
-
-    assert called(1024) == {"specmpc::mlp", "specmpc::mlp_backward"} and called(16) == set()
-    monkeypatch.setattr(native, "multiplies", lambda dtype: False)
-    assert called(2048) == set()
-
-
-def test_eager_code_never_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_load", lambda: pytest.fail("eager code asked for the kernel"))
-    monkeypatch.setattr(layers, "_WORTH_A_CALL", 1)
-    assert Mlp(24, [64], 16)(torch.randn(1024, 24)).shape == (1024, 16)

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from specmpc_cli.engine import layers
+from specmpc_cli.engine import native
 from specmpc_cli.engine.twohot import two_hot, two_hot_inv, two_hot_loss
 from specmpc_cli.engine.world_model import WorldModel, WorldModelDims
-from specmpc_cli.learning.learner import Learner, LearnerSettings, clip_gradients, compiled_losses, dropout_mask
+from specmpc_cli.learning.gradients import AutogradGradients, KernelGradients
+from specmpc_cli.learning.learner import Learner, LearnerSettings, clip_gradients, dropout_mask
 from specmpc_cli.learning.losses import Batch, LossSettings, percentile_range
-from specmpc_cli.runtime import choose_runtime
+from specmpc_cli.runtime import Runtime, choose_runtime
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")
 HORIZON, SIZE = 3, 16
 
 
-def make_learner(*, seed: int = 0, dtype: str = "fp32", num_q: int = 3, dropout: float = 0.01, episodic: bool = False) -> Learner:
-    settings = LearnerSettings(dropout=dropout)
-    return Learner(make_model(num_q=num_q, episodic=episodic), LossSettings(0.97), settings, choose_runtime("cpu", dtype), seed=seed)
+def make_learner(
+    *, seed: int = 0, dtype: str = "fp32", num_q: int = 3, dropout: float = 0.01, episodic: bool = False, demonstrated: bool = False
+) -> Learner:
+    model, settings = make_model(num_q=num_q, episodic=episodic), LearnerSettings(dropout=dropout)
+    return Learner(model, LossSettings(0.97), settings, choose_runtime("cpu", dtype), seed=seed, demonstrated=demonstrated)
 
 
 def make_batch(seed: int = 0) -> Batch:
@@ -178,20 +183,37 @@ def make_task_set_learner() -> Learner:
     return Learner(model, LossSettings(0.0), LearnerSettings(), choose_runtime("cpu", "fp32"), seed=0, discounts=(0.9, 0.95, 0.97, 0.99))
 
 
-LEARNERS = {"one task": make_learner, "one that terminates": partial(make_learner, episodic=True), "a task set": make_task_set_learner}
+LEARNERS = {
+    "one task": make_learner,
+    "two heads": partial(make_learner, num_q=2),
+    "one that terminates": partial(make_learner, episodic=True),
+    "demonstrations": partial(make_learner, demonstrated=True),
+    "a task set": make_task_set_learner,
+}
+COMPILED = Runtime(CPU, torch.float32, compiled=True, threads=1)
+
+
+def fields_of(name: str) -> dict[str, Tensor | None]:
+    """What a batch of these learners has beside the others' fields."""
+    if name == "one that terminates":
+        return {"terminated": (torch.arange(HORIZON * SIZE) % 5 == 0).float().view(HORIZON, SIZE)}
+    if name == "demonstrations":
+        return {"demonstrated": (torch.arange(SIZE) % 2).float()}
+    return {"task": TASKS if name == "a task set" else None}
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("name", LEARNERS)
-def test_compiled_updates_agree_with_eager_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By our own kernels, which such small updates would leave to the compiler."""
-    monkeypatch.setattr(layers, "_WORTH_A_CALL", 1)
+@pytest.mark.parametrize("name", [*LEARNERS, "a task set, by torch's compiler"])
+def test_compiled_updates_agree_with_eager_ones(name: str) -> None:
+    name, *by_torch = name.split(", by")
     eager, compiled = LEARNERS[name](), LEARNERS[name]()
-    compiled._kernels = compiled_losses()
+    assert native.built(), native.problem()
+    kind = AutogradGradients if by_torch else KernelGradients
+    compiled._gradients = kind(compiled.model, compiled._losses, compiled._discounts, COMPILED)
     compiled.rehearse(SIZE, HORIZON)
     compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for number in range(3):
-        batch = make_batch(number)._replace(task=TASKS if name == "a task set" else None)
+        batch = make_batch(number)._replace(**fields_of(name))
         expected, found = eager.update(batch), compiled.update(batch)
         for part, value in expected._asdict().items():
             torch.testing.assert_close(getattr(found, part), value, rtol=1e-4, atol=1e-5, msg=part)
@@ -202,12 +224,40 @@ def test_compiled_updates_agree_with_eager_ones(name: str, monkeypatch: pytest.M
 
 
 @pytest.mark.compiler
-def test_compiled_updates_in_bf16_are_near_those_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "_WORTH_A_CALL", 1)
-    exact, compiled = make_learner(), make_learner(dtype="bf16")
-    compiled._kernels = compiled_losses()
+@pytest.mark.parametrize("name", LEARNERS)
+def test_gradients_by_kernels_are_autograds(name: str) -> None:
+    """Adam hides their scale; so they are compared themselves, all of them."""
+    assert native.built(), native.problem()
+    learner = LEARNERS[name]()
+    learner.update(make_batch()._replace(**fields_of(name)))  # heads are zero before it
+    batch, noise = make_batch(1)._replace(**fields_of(name)), learner.draw(HORIZON, SIZE)
+    learnt = {name: parameter for name, parameter in learner.model.named_parameters() if not name.startswith("q_target.")}
+
+    def found(kind: type[AutogradGradients] | type[KernelGradients]) -> Iterator[dict[str, Tensor | None]]:
+        gradients = kind(learner.model, learner._losses, learner._discounts, learner._runtime)
+        loss = gradients.world_model(batch, noise)
+        yield loss._asdict() | {name: parameter.grad for name, parameter in learnt.items()}
+        learner.model.zero_grad(set_to_none=True)
+        policy = gradients.policy(loss.latents, noise, learner.scale, batch)
+        yield policy._asdict() | {name: parameter.grad for name, parameter in learnt.items()}
+        learner.model.zero_grad(set_to_none=True)
+
+    for exact, ours in zip(found(AutogradGradients), found(KernelGradients), strict=True):
+        for part, value in exact.items():
+            mine = ours[part]
+            assert (mine is None) == (value is None), part
+            if mine is not None and value is not None:
+                assert not mine.requires_grad
+                torch.testing.assert_close(mine, value, rtol=1e-4, atol=1e-6 + 1e-5 * float(value.abs().max()), msg=part)
+
+
+@pytest.mark.compiler
+def test_updates_by_kernels_in_bf16_are_near_those_in_fp32() -> None:
+    assert native.built(), native.problem()
+    exact, rounded = make_learner(), make_learner()
+    rounded._gradients = KernelGradients(rounded.model, rounded._losses, None, replace(COMPILED, dtype=torch.bfloat16))
     for number in range(3):
-        expected, found = exact.update(make_batch(number)), compiled.update(make_batch(number))
+        expected, found = exact.update(make_batch(number)), rounded.update(make_batch(number))
         for part, value in expected._asdict().items():
             torch.testing.assert_close(getattr(found, part), value, rtol=0.03, atol=1e-3, msg=part)
     assert not torch.equal(found.total_loss, expected.total_loss)

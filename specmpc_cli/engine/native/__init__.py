@@ -1,4 +1,4 @@
-"""Kernels of our own for a CPU, in C++: the planner's functions in one call each (search.h), and MLPs that learn (learnt_mlp.h).
+"""Kernels of our own for a CPU, in C++: the planner's functions in one call each (search.h), and what learns (learnt_mlp.h, bins.h).
 
 They are built at their first use, in some 25 seconds of CPU time, for the machine that they run on, and kept beside the compiler's own
 cache. Where that cannot be done, the formulas that they stand for are computed instead (layers.py).
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from specmpc_cli.engine.native import learnt_mlp
 from specmpc_cli.errors import ConfigError
 from specmpc_cli.runtime import use_compile_cache
 
@@ -37,7 +36,6 @@ def problem() -> str | None:
     return f"the kernels of the planner and of training could not be built, so they are somewhat slower: {reason}"
 
 
-@torch.compiler.assume_constant_result
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether our products of this dtype are fast: fp32 wherever they are built, bf16 with AMX or AVX512-BF16, int8 with AVX512-VNNI."""
     if not built():
@@ -67,18 +65,9 @@ def _load() -> str | None:
         except OSError:  # damaged, or built where other system libraries are
             library.unlink()
             torch.ops.load_library(_build())
-        _keep_compiled_code_apart(library.stem)
     except (OSError, subprocess.SubprocessError) as error:
         return _reason(error)
-    learnt_mlp.register()
     return None
-
-
-def _keep_compiled_code_apart(build: str) -> None:
-    """Compiled code holds sizes of what the kernels keep, which differ from one build to another; the compiler's cache cannot know."""
-    config = getattr(torch.compiler, "config", None)
-    if config is not None and hasattr(config, "cache_key_tag"):  # which the oldest versions of torch lack
-        config.cache_key_tag = build
 
 
 def _reason(error: Exception) -> str:
@@ -100,8 +89,7 @@ def _build() -> Path:
     if "__x86_64__" in described and "__clang__" not in described:
         flags.append("--param=avoid-fma-max-bits=0")  # or a row that is alone in its tile would round otherwise than the others
     flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
-    # The operators' gradients are Python, but compiled code holds them, too, and is kept apart by this key.
-    sources = [path.read_text(encoding="utf-8") for path in sorted(_SOURCES.iterdir()) if path.suffix in (".h", ".cpp", ".py")]
+    sources = [path.read_text(encoding="utf-8") for path in sorted(_SOURCES.iterdir()) if path.suffix in (".h", ".cpp")]
     key = hashlib.sha256("\0".join([*sources, described, *flags, torch.__version__, *platform.libc_ver()]).encode()).hexdigest()[:16]
     library = use_compile_cache() / f"specmpc-{key}.so"
     if not library.exists():

@@ -82,13 +82,6 @@ void with_sizes(bool bf16, at::IntArrayRef dims, int64_t rows, int64_t groups, i
   }
 }
 
-// How many bytes `mlp` keeps for its gradient.
-inline int64_t mlp_kept_bytes(bool bf16, at::IntArrayRef dims, int64_t rows, int64_t groups, int64_t ends_in, int64_t keep) {
-  int64_t bytes = 0;
-  with_sizes(bf16, dims, rows, groups, ends_in, keep, [&](const auto& sizes) { bytes = sizes.kept_bytes; });
-  return bytes;
-}
-
 // Inputs, side by side in `parts`, through layers with LayerNorm and Mish; `ends_in`: how the last one ends (learnt_sizes.h). `mask`:
 // dropout's factors before the first norm. `bf16`: products and features are. `keep`: nothing (0), what gradients of inputs need (1), or
 // those of weights and vectors, too (2). → y [N, out] or [G, N, out], fp32, and what is kept.

@@ -1,7 +1,8 @@
-// The operators of a CPU: the planner's, and MLPs, in compiled code with gradients (engine/native/__init__.py builds and loads them).
+// The operators of a CPU: the planner's, and what learns, with gradients (engine/native/__init__.py builds and loads them).
 
 #include "fused_mlp.h"
 #include "learnt_call.h"
+#include "policy_loss.h"
 #include "search_call.h"
 
 #include <torch/library.h>
@@ -17,7 +18,17 @@ TORCH_LIBRARY(specmpc, m) {
   m.def(
       "mlp_backward(Tensor grad, Tensor y, Tensor kept, Tensor[] parts, Tensor[] weights, Tensor[] vectors, Tensor? heads, Tensor? mask,"
       " int ends_in, bool bf16, int keep, bool[] wanted) -> Tensor[]");
-  m.def("mlp_kept_bytes(bool bf16, int[] dims, int rows, int groups, int ends_in, int keep) -> int", specmpc::mlp_kept_bytes);
+  m.def("decode(Tensor logits, float low, float high) -> Tensor");
+  m.def(
+      "rollout_loss(Tensor z, Tensor seen, Tensor reward_logits, Tensor q_logits, Tensor? ended_logits, Tensor reward, Tensor target,"
+      " Tensor terminated, float rho, float[] coefs, float low, float high) -> (Tensor, Tensor, Tensor, Tensor, Tensor?)");
+  m.def("draw_policy(Tensor features, Tensor eps, Tensor? masks, float low, float high) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "draw_policy_backward(Tensor of_action, Tensor of_scaled, Tensor features, Tensor eps, Tensor? masks, float low, float high)"
+      " -> Tensor");
+  m.def(
+      "draw_loss(Tensor logits, Tensor scaled_entropy, Tensor scale, float rho, float entropy_coef, float tau, float low, float high)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "prior_rollouts(Tensor z, Tensor eps, float discount, Tensor[] packed, Tensor[] vectors, int[] sizes, float[] ranges)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
@@ -33,6 +44,11 @@ TORCH_LIBRARY_IMPL(specmpc, CPU, m) {
   m.impl("pack_mlp", specmpc::pack_mlp);
   m.impl("mlp", specmpc::mlp);
   m.impl("mlp_backward", specmpc::mlp_backward);
+  m.impl("decode", specmpc::decode);
+  m.impl("rollout_loss", specmpc::rollout_loss);
+  m.impl("draw_policy", specmpc::draw_policy);
+  m.impl("draw_policy_backward", specmpc::draw_policy_backward);
+  m.impl("draw_loss", specmpc::draw_loss);
   m.impl("prior_rollouts", specmpc::prior_rollouts);
   m.impl("iterate", specmpc::iterate);
   m.impl("fused_mlp", specmpc::fused_mlp);

@@ -86,6 +86,12 @@ SPECMPC_INLINED float mish_slope(float x) {
   return (n + 4.0f * x * e * (e + 1.0f) * inverse) * inverse;
 }
 
+// tanh(x), right to 2e-7; what is not a number stays so.
+SPECMPC_INLINED float tanh_of(float x) {
+  const float near = x > 10.0f ? 10.0f : x < -10.0f ? -10.0f : x;  // beyond it is 1 to fp32
+  return 1.0f - 2.0f / (capped_exp(2.0f * near) + 1.0f);
+}
+
 struct Moments {
   float mean, inverse_std;
 };

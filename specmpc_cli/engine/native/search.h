@@ -78,12 +78,6 @@ class LatentRows {
   int64_t count, step, latent, action;
 };
 
-// tanh(x), right to 2e-7; what is not a number stays so.
-SPECMPC_INLINED float tanh_of(float x) {
-  const float near = x > 10.0f ? 10.0f : x < -10.0f ? -10.0f : x;  // beyond it is 1 to fp32
-  return 1.0f - 2.0f / (capped_exp(2.0f * near) + 1.0f);
-}
-
 // The networks that a plan asks.
 template <typename Product>
 struct Nets {
