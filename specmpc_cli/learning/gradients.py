@@ -146,7 +146,7 @@ class KernelGradients:
         (of_sensed,) = _back(encoded, of_z[0], [True])
         tasks.back(sensed, of_sensed)
         tasks.learn()
-        return ModelLoss(*losses, z)
+        return ModelLoss(*losses, latents=z)
 
     def _encode(self, obs: Tensor, tasks: _Tasks, keep: Keep = Keep.NOTHING) -> tuple[LearntCall, LearntCall]:
         """The layer that reads observations, and those after it."""

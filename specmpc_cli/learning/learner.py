@@ -10,15 +10,18 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from specmpc_cli.engine import native
 from specmpc_cli.engine.captured import CapturedCall
 from specmpc_cli.engine.world_model import WorldModel, within_unit_ball
 from specmpc_cli.learning.gradients import gradients_for
 from specmpc_cli.learning.losses import Batch, LossSettings, UpdateNoise
+from specmpc_cli.learning.optimiser import ClippedAdam
 from specmpc_cli.runtime import Runtime
 
 
@@ -79,13 +82,12 @@ class Learner:
         policy = list(model.pi_net.parameters())
         encoder = list(model.encoder.parameters())
         named = [(name, parameter) for name, parameter in model.named_parameters() if not name.startswith(("pi_net.", "q_target."))]
-        self._world = [parameter for _, parameter in named]
         rest = [parameter for name, parameter in named if not name.startswith("encoder.")]
         groups = [{"params": encoder, "lr": settings.lr * settings.enc_lr_scale}, {"params": rest}]
         graph = runtime.device.type == "cuda"
-        self._world_adam = torch.optim.Adam(groups, lr=settings.lr, fused=True, capturable=graph)
-        self._policy_adam = torch.optim.Adam(policy, lr=settings.lr, eps=settings.pi_adam_eps, fused=True, capturable=graph)
-        self._policy = policy
+        by_kernel = runtime.compiled and not graph and native.built()
+        adam = partial(ClippedAdam, lr=settings.lr, max_norm=settings.grad_clip_norm, by_kernel=by_kernel, capturable=graph)
+        self._world_adam, self._policy_adam = adam(groups), adam([{"params": policy}], eps=settings.pi_adam_eps)
         self._embedding = None if model.task_emb is None else TaskEmbedding(model.task_emb.weight)
         optional = {"task": self._embedding is not None, "demonstrated": demonstrated}
         self._fields = [name for name in Batch._fields if optional.get(name, True)]  # that batches have
@@ -118,7 +120,7 @@ class Learner:
 
     def _forget_gradients(self) -> None:
         for optimiser in (self._world_adam, self._policy_adam):
-            optimiser.zero_grad(set_to_none=True)
+            optimiser.forget_gradients()
 
     def compute_eagerly(self) -> None:
         """Gives up compiling."""
@@ -142,24 +144,19 @@ class Learner:
 
     def step(self, batch: Batch, noise: UpdateNoise) -> UpdateInfo:
         """One update with these draws."""
-        clip = self._settings.grad_clip_norm
         self._forget_gradients()  # of a capture that failed half-way
         # World model.
         if self._embedding is not None:
             self._embedding.restore_gradient()
             self._embedding.bound(batch.task)
         loss = self._gradients.world_model(batch, noise)
-        grad_norm = clip_gradients(self._world, clip)
-        self._world_adam.step()
-        self._world_adam.zero_grad(set_to_none=True)
+        grad_norm = self._world_adam.clipped_step()
 
         # Policy prior.
         if self._embedding is not None:
             self._embedding.bound(batch.task)
         policy = self._gradients.policy(loss.latents, noise, self.scale, batch)
-        pi_grad_norm = clip_gradients(self._policy, clip)
-        self._policy_adam.step()
-        self._policy_adam.zero_grad(set_to_none=True)
+        pi_grad_norm = self._policy_adam.clipped_step()
         self.scale.copy_(policy.scale)
         if self._embedding is not None:
             self._embedding.carry_gradient()
@@ -201,13 +198,7 @@ class Learner:
         self.updates = updates
         if updates:
             for optimiser in (self._world_adam, self._policy_adam):
-                for group in optimiser.param_groups:
-                    for parameter in group["params"]:
-                        optimiser.state[parameter] = {
-                            "step": torch.zeros((), device=parameter.device if group["capturable"] else "cpu"),
-                            "exp_avg": torch.zeros_like(parameter),
-                            "exp_avg_sq": torch.zeros_like(parameter),
-                        }
+                optimiser.begin()
             for name, moments in self._moments():
                 for key, value in moments.items():
                     value.copy_(state[f"{name}.{key}"])
@@ -260,14 +251,6 @@ def dropout_mask(shape: tuple[int, ...], share: float, device: torch.device) -> 
     zeros = (gaps.long().cumsum(0) - 1).clamp(max=count)
     mask = torch.full((count + 1,), 1 / (1 - share), device=device)  # the last element takes the zeros beyond the end
     return mask.index_fill_(0, zeros, 0.0)[:count].view(shape)
-
-
-def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-    """As nn.utils.clip_grad_norm_, to the bit; → the norm before. On a CPU gradients within the bound are not multiplied by one."""
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None], foreach=True)
-    if norm.is_cuda or not norm + 1e-6 <= max_norm:  # what torch divides by; not a number fails this, and is passed on
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
-    return norm
 
 
 def update_key(seed: int, number: int) -> int:

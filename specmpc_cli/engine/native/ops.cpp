@@ -1,5 +1,6 @@
 // The operators of a CPU: the planner's, and what learns, with gradients (engine/native/__init__.py builds and loads them).
 
+#include "adam.h"
 #include "fused_mlp.h"
 #include "learnt_call.h"
 #include "policy_loss.h"
@@ -36,6 +37,9 @@ TORCH_LIBRARY(specmpc, m) {
       "iterate(Tensor z, Tensor mean, Tensor std, Tensor[] prior, Tensor sample_eps, Tensor terminal_eps, Tensor q_index, Tensor[] packed,"
       " Tensor[] vectors, int[] sizes, float[] ranges, int num_elites, float discount, float temperature, float min_std, float max_std)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "clipped_adam(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] means, Tensor(c!)[] squares, Tensor(d!)[] steps,"
+      " float[] lrs, float beta1, float beta2, float eps, float max_norm) -> Tensor");
   m.def("multiplies_bf16() -> bool", specmpc::Bf16Product::fast);
   m.def("multiplies_int8() -> bool", specmpc::Int8Product::fast);
 }
@@ -49,6 +53,7 @@ TORCH_LIBRARY_IMPL(specmpc, CPU, m) {
   m.impl("draw_policy", specmpc::draw_policy);
   m.impl("draw_policy_backward", specmpc::draw_policy_backward);
   m.impl("draw_loss", specmpc::draw_loss);
+  m.impl("clipped_adam", specmpc::clipped_adam);
   m.impl("prior_rollouts", specmpc::prior_rollouts);
   m.impl("iterate", specmpc::iterate);
   m.impl("fused_mlp", specmpc::fused_mlp);
