@@ -39,6 +39,10 @@ class Networks:
             self._to_pack = False
         return self._search, self._behaviour
 
+    def encode(self, obs: Tensor) -> Tensor:
+        """As the model's."""
+        return self._behaviour.encode(obs)
+
     def next(self, z: Tensor, a: Tensor) -> Tensor:
         """As the model's."""
         return self._behaviour.next(z, a)

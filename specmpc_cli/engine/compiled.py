@@ -18,7 +18,7 @@ from specmpc_cli.engine import packed_planner, planner
 from specmpc_cli.engine.captured import CapturedCall
 from specmpc_cli.engine.draws import Draws, block_numbers, device_draws, draws_from, host_draws
 from specmpc_cli.engine.gate import GateLimits
-from specmpc_cli.engine.planner import EAGER, Dynamics, Kernels, PlannerNoise, PlannerSettings, Rollouts, Search
+from specmpc_cli.engine.planner import EAGER, Behaviour, Dynamics, Kernels, PlannerNoise, PlannerSettings, Rollouts, Search
 from specmpc_cli.engine.rows import row_by_row
 from specmpc_cli.engine.runner import Judge, Judgement, judge
 from specmpc_cli.engine.world_model import WorldModel
@@ -73,7 +73,7 @@ def compiled_judge() -> Judge:
     with_corrector = compiled(judge)
 
     @torch.inference_mode()
-    def judge_row(model: WorldModel, corrector: Corrector | None, metric: str, limits: GateLimits, *seen: Tensor) -> Judgement:
+    def judge_row(model: Behaviour, corrector: Corrector | None, metric: str, limits: GateLimits, *seen: Tensor) -> Judgement:
         if corrector is None:
             return judge(model, corrector, metric, limits, *seen)
         # To the compiler, tensors made outside inference mode are of another kind, and every mixture of the two would be compiled anew.
@@ -88,10 +88,10 @@ def captured_judge() -> Judge:
 
     It keeps the models, correctors and graphs that it has met.
     """
-    calls: dict[tuple[WorldModel, Corrector | None, str, int], CapturedCall] = {}
+    calls: dict[tuple[Behaviour, Corrector | None, str, int], CapturedCall] = {}
 
     @torch.inference_mode()
-    def judge_rows(model: WorldModel, corrector: Corrector | None, metric: str, limits: GateLimits, *seen: Tensor) -> Judgement:
+    def judge_rows(model: Behaviour, corrector: Corrector | None, metric: str, limits: GateLimits, *seen: Tensor) -> Judgement:
         key = (model, corrector, metric, len(seen[0]))
         if key not in calls:
 
@@ -110,7 +110,7 @@ def judge_for(runtime: Runtime) -> Judge:
         return captured_judge()
     judge_row = compiled_judge() if runtime.compiled else judge
 
-    def judge_rows(model: WorldModel, corrector: Corrector | None, metric: str, limits: GateLimits, *seen: Tensor) -> Judgement:
+    def judge_rows(model: Behaviour, corrector: Corrector | None, metric: str, limits: GateLimits, *seen: Tensor) -> Judgement:
         return row_by_row(lambda *row: judge_row(model, corrector, metric, limits, *row), *seen)
 
     return judge_rows

@@ -41,13 +41,18 @@ def iterate(
 
 
 class PackedBehaviour:
-    """A model's dynamics and policy prior, packed as they are: in fp32. A single task's."""
+    """A model's encoder, dynamics and policy prior, packed as they are: in fp32. A single task's."""
 
     @torch.inference_mode(False)
     def __init__(self, model: WorldModel) -> None:
-        self._nets: tuple[Stack, Stack] = model.dynamics, model.pi_net
-        self._dynamics, self._policy = (PackedMlp(*net.values(), net.ends_in) for net in self._nets)
+        self._nets: tuple[Stack, ...] = model.encoder, model.dynamics, model.pi_net
+        self._packed = [PackedMlp(*net.values(), net.ends_in) for net in self._nets]
+        self._encoder, self._dynamics, self._policy = self._packed
         self._action_dim = model.dims.action_dim
+
+    def encode(self, obs: Tensor) -> Tensor:
+        """obs [B, O] → [B, Z]."""
+        return self._encoder(obs)
 
     def next(self, z: Tensor, a: Tensor) -> Tensor:
         """z [B, Z] and a [B, A] → [B, Z]."""
@@ -60,7 +65,7 @@ class PackedBehaviour:
     @torch.no_grad()
     def renew(self) -> None:
         """Takes over the model's weights."""
-        for net, packed in zip(self._nets, (self._dynamics, self._policy), strict=True):
+        for net, packed in zip(self._nets, self._packed, strict=True):
             packed.renew(*net.values())
 
 

@@ -76,7 +76,9 @@ class Dynamics(Protocol):
 
 
 class Behaviour(Dynamics, Protocol):
-    """What plans go on by where they end: dynamics, and the policy prior's mean."""
+    """What latents are seen by, and what plans go on by where they end: dynamics, and the policy prior's mean."""
+
+    def encode(self, obs: Tensor) -> Tensor: ...
 
     def pi_mean(self, z: Tensor) -> Tensor: ...
 

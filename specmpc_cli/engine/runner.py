@@ -42,7 +42,7 @@ class Judgement(NamedTuple):
 
 
 def judge(
-    model: WorldModel,
+    model: Behaviour,
     corrector: Corrector | None,
     metric: str,
     limits: GateLimits,
@@ -119,7 +119,8 @@ class SpeculativeRunner:
             history: W, the steps a corrector may look back on.
             judge: the function above, or a compiled one.
             refinement: which replans may be cheaper ones; None for none.
-            behaviour: predicts tails and what follows a correction, by default `model`; a planner's networks compute the same, faster.
+            behaviour: encodes where there is no corrector, and predicts tails and what follows a correction; by default `model`. The
+                networks of a planner compute the same, faster.
         """
         self.model = model
         self._behaviour = behaviour or model
@@ -176,7 +177,8 @@ class SpeculativeRunner:
         row = torch.arange(len(first), device=first.device)
         z_pred = state.plan.latents[row, state.age.clamp(max=self._length)]
         planned = state.plan.actions[row, state.age.clamp(max=self._length - 1)]
-        return self._judge(self.model, self.corrector, self._metric, self._limits, obs, z_pred, planned, state.age, state.history, first)
+        model = self._behaviour if self.corrector is None else self.model  # what is compiled for a corrector has no use for our kernels
+        return self._judge(model, self.corrector, self._metric, self._limits, obs, z_pred, planned, state.age, state.history, first)
 
     def adopt(self, plan: Plan) -> Plan:
         """The plan as this runner executes it: the drawn elite or the mean, and then the tail."""

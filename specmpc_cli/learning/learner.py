@@ -88,6 +88,8 @@ class Learner:
         by_kernel = runtime.compiled and not graph and native.built()
         adam = partial(ClippedAdam, lr=settings.lr, max_norm=settings.grad_clip_norm, by_kernel=by_kernel, capturable=graph)
         self._world_adam, self._policy_adam = adam(groups), adam([{"params": policy}], eps=settings.pi_adam_eps)
+        self._heads: list[Tensor] = list(model.q.parameters())
+        self._targets: list[Tensor] = list(model.q_target.parameters())
         self._embedding = None if model.task_emb is None else TaskEmbedding(model.task_emb.weight)
         optional = {"task": self._embedding is not None, "demonstrated": demonstrated}
         self._fields = [name for name in Batch._fields if optional.get(name, True)]  # that batches have
@@ -163,9 +165,7 @@ class Learner:
 
         # Target heads.
         with torch.no_grad():
-            heads: list[Tensor] = list(self.model.q.parameters())
-            targets: list[Tensor] = list(self.model.q_target.parameters())
-            torch._foreach_lerp_(targets, heads, self._losses.tau)
+            torch._foreach_lerp_(self._targets, self._heads, self._losses.tau)
         return UpdateInfo(
             loss.consistency,
             loss.reward,

@@ -36,8 +36,7 @@ struct PolicyDraws {
     float squashed(int64_t j) const { return tanh_of(spread[j]); }
     float log_std(int64_t j) const { return (low + half * (squashed(j) + 1.0f)) * has(j); }
     float noise(int64_t j) const { return eps[j] * has(j); }
-    // To the last digits: near 1 the entropy sees them.
-    float action(int64_t j) const { return std::tanh(mean[j] * has(j) + noise(j) * capped_exp(log_std(j))); }
+    float unsquashed(int64_t j) const { return mean[j] * has(j) + noise(j) * capped_exp(log_std(j)); }
     float dimensions() const { return mask ? std::accumulate(mask, mask + dim, 0.0f) : static_cast<float>(dim); }
   };
 
@@ -60,7 +59,8 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> draw_policy(
       const PolicyDraws::Row row = draws.row(r);
       float gaussian = 0.0f, squashing = 0.0f;
       for (int64_t j = 0; j < draws.dim; ++j) {
-        const float a = actions[r * draws.dim + j] = row.action(j), noise = row.noise(j);
+        // To the last digit: near 1 the entropy sees it.
+        const float a = actions[r * draws.dim + j] = std::tanh(row.unsquashed(j)), noise = row.noise(j);
         gaussian += -0.5f * noise * noise - row.log_std(j) - constant;
         squashing += std::log(std::max(1.0f - a * a, 0.0f) + 1e-6f);
       }
@@ -90,7 +90,7 @@ inline at::Tensor draw_policy_backward(
       const float *slope = action_slopes.at(r * draws.dim), of_log_stds = *scaled_slopes.at(r) * row.dimensions();
       float *of_mean = to + 2 * r * draws.dim, *of_spread = of_mean + draws.dim;
       for (int64_t j = 0; j < draws.dim; ++j) {
-        const float a = row.action(j), before = slope[j] * (1.0f - a * a), t = row.squashed(j);
+        const float a = tanh_of(row.unsquashed(j)), before = slope[j] * (1.0f - a * a), t = row.squashed(j);
         of_mean[j] = before * row.has(j);
         of_spread[j] = (before * row.noise(j) * capped_exp(row.log_std(j)) + of_log_stds) * row.has(j) * row.half * (1.0f - t * t);
       }
