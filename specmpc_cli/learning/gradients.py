@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from specmpc_cli.engine import native
 from specmpc_cli.engine.compiled import compiled
 from specmpc_cli.engine.layers import Affine
-from specmpc_cli.engine.native.learnt_mlp import MISH, Keep, LearntCall, LearntMlp
+from specmpc_cli.engine.native.learnt_mlp import MISH, Keep, LearntCall, LearntMlp, LearntRollout
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.learning.losses import (
     Batch,
@@ -123,11 +123,8 @@ class KernelGradients:
         tasks = _Tasks(self._model, batch.task)
         seen = self._encode(batch.obs[1:], tasks)[1].y
         sensed, encoded = self._encode(batch.obs[0], tasks, Keep.FOR_PARAMETERS)
-        steps, latents = [], [encoded.y]
-        for action in batch.action:
-            steps.append(self._dynamics(*tasks.beside(latents[-1]), action, keep=Keep.FOR_PARAMETERS))
-            latents.append(steps[-1].y)
-        z = torch.stack(latents)  # [H+1, B, Z]
+        rollout = self._dynamics.rollout(encoded.y, tasks.embedded, batch.action)
+        z = rollout.latents  # [H+1, B, Z]
         taken = *tasks.beside(z[:-1]), batch.action.flatten(0, 1)
         reward = self._reward(*taken, keep=Keep.FOR_PARAMETERS)
         q = self._q(*taken, keep=Keep.FOR_PARAMETERS, mask=noise.q_mask)
@@ -141,9 +138,9 @@ class KernelGradients:
         of_z[:-1] += tasks.to_x(q, of_q).view_as(of_z[:-1])
         if ended is not None:
             of_z[1:] += tasks.to_x(ended, of_ended).view_as(of_z[1:])
-        for number in reversed(range(len(steps))):
-            of_z[number] += tasks.to_x(steps[number], of_z[number + 1])
-        (of_sensed,) = _back(encoded, of_z[0], [True])
+        tasks.back_through(rollout, of_z)
+        (of_sensed,), of_parameters = encoded.gradients(of_z[0], True)
+        _learn(encoded.mlp, of_parameters)
         tasks.back(sensed, of_sensed)
         tasks.learn()
         return ModelLoss(*losses, latents=z)
@@ -197,13 +194,13 @@ class _Tasks:
 
     def __init__(self, model: WorldModel, task: Tensor | None) -> None:
         with torch.enable_grad():
-            self._embedded = None if task is None else model.embedding_of(task)  # [B, D]
-        self._gradient = None if self._embedded is None else torch.zeros_like(self._embedded)
+            self.embedded = None if task is None else model.embedding_of(task)  # [B, D]
+        self._gradient = None if self.embedded is None else torch.zeros_like(self.embedded)
 
     def beside(self, x: Tensor) -> list[Tensor]:
         """x [..., B, X] as rows, and its rows' embeddings: a network's first inputs."""
         rows = x.flatten(0, -2)
-        return [rows] if self._embedded is None else [rows, self._embedded.expand(*x.shape[:-1], -1).flatten(0, -2)]
+        return [rows] if self.embedded is None else [rows, self.embedded.expand(*x.shape[:-1], -1).flatten(0, -2)]
 
     def back(self, call: LearntCall, grad: Tensor) -> None:
         """A gradient goes back through a network that had such inputs, to its parameters and the embeddings."""
@@ -219,25 +216,34 @@ class _Tasks:
         (of_action,) = self._back(call, grad, [False] * (len(call.parts) - 1) + [True])
         return of_action
 
-    def _back(self, call: LearntCall, grad: Tensor, wanted: list[bool]) -> list[Tensor]:
-        if self._gradient is None:
-            return _back(call, grad, wanted)
-        place = sum(wanted[:1])
-        wanted[1] = True
-        of_parts = _back(call, grad, wanted)
-        self._gradient += of_parts.pop(place).unflatten(0, (-1, len(self._gradient))).sum(0)
-        return of_parts
+    def back_through(self, rollout: LearntRollout, of_latents: Tensor) -> None:
+        """Likewise, through a rollout; what latents get through later ones is added to theirs."""
+        of_beside, of_parameters = rollout.gradients(of_latents)
+        _learn(rollout.mlp, of_parameters)
+        self._add(*of_beside)
 
     def learn(self) -> None:
         """The gradient goes back to the embeddings' table."""
-        if self._embedded is not None:
-            self._embedded.backward(self._gradient)
+        if self.embedded is not None:
+            self.embedded.backward(self._gradient)
+
+    def _back(self, call: LearntCall, grad: Tensor, wanted: list[bool]) -> list[Tensor]:
+        if self._gradient is not None:
+            wanted[1] = True
+        of_parts, of_parameters = call.gradients(grad, *wanted)
+        _learn(call.mlp, of_parameters)
+        if self._gradient is not None:
+            self._add(of_parts.pop(sum(wanted[:1])))
+        return of_parts
+
+    def _add(self, *gradients: Tensor) -> None:
+        """Gradients of embeddings, [B, D] or of B rows each time."""
+        for gradient in gradients:
+            assert self._gradient is not None
+            self._gradient += gradient.unflatten(0, (-1, len(self._gradient))).sum(0)
 
 
-def _back(call: LearntCall, grad: Tensor, wanted: Sequence[bool]) -> list[Tensor]:
-    """Adds what the parameters get of a gradient; → those of the wanted parts."""
-    of_parts, of_parameters = call.gradients(grad, *wanted)
-    if of_parameters:
-        for parameter, gradient in zip((*call.mlp.weights, *call.mlp.vectors), of_parameters, strict=True):
-            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-    return of_parts
+def _learn(mlp: LearntMlp, gradients: Sequence[Tensor]) -> None:
+    """Adds to the gradients of an MLP's parameters, or nothing if there are none."""
+    for parameter, gradient in zip((*mlp.weights, *mlp.vectors) if gradients else (), gradients, strict=True):
+        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)

@@ -131,8 +131,11 @@ class _Differentiable(torch.autograd.Function):
 
 def given(name: str) -> Given:
     assert native.built()
-    case = CASES[name]
     torch.manual_seed(0)
+    return made(CASES[name])
+
+
+def made(case: Case) -> Given:
     stacks, learns = (case.stacks,) if case.stacks else (), case.heads is None
     weights, vectors = [], []
     for i, o in zip((sum(case.parts), *case.outs), case.outs, strict=False):
@@ -325,3 +328,55 @@ def test_gradients_of_another_call_are_refused() -> None:
     for grad, made, seen, keep in ((y, y, kept, 1), (y, y, kept, 0), (y, y[:5], kept, 2), (y[:5], y[:5], kept, 2), (y, y, kept[1:], 2)):
         with pytest.raises(RuntimeError, match="mlp_backward"):
             torch.ops.specmpc.mlp_backward(grad, made, seen, *lists, *settings, keep, [True, True])
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("task", [False, True], ids=["alone", "beside a task"])
+def test_a_rollout_is_one_step_after_the_other(task: bool, bf16: bool) -> None:
+    """Its gradients, too, where latents have some of their own: weights' are sums over steps."""
+    assert native.built()
+    torch.manual_seed(0)
+    rows, steps, width = 130, 3, 40
+    beside = torch.randn(rows, 5) if task else None
+    case = Case(rows, (width, 5, 3) if task else (width, 3), (48, 53, width), 8)
+    some = made(case)
+    z, actions, slopes = torch.rand(rows, width), torch.randn(steps, rows, 3), torch.randn(steps + 1, rows, width)
+    leaves = [z, *([] if beside is None else [beside]), *some.weights, *some.vectors]
+    twins = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    weights, vectors = twins[-len(some.weights) - len(some.vectors) :][: len(some.weights)], twins[-len(some.vectors) :]
+    latents = [twins[0]]
+    for action in actions.double():
+        parts = [latents[-1], *([] if beside is None else twins[1:2]), action]
+        latents.append(replace(some, parts=parts, weights=weights, vectors=vectors).formula(bf16))
+    expected = torch.stack(latents)
+    (expected * slopes).sum().backward()
+
+    with torch.no_grad():
+        rollout = some.mlp(bf16).rollout(z, beside, actions)
+        of_latents = slopes.clone()
+        of_beside, of_parameters = rollout.gradients(of_latents)
+    assert torch.equal(rollout.latents[0], z) and torch.equal(of_latents[-1], slopes[-1])
+    assert error(rollout.latents, expected.detach()) < (4e-3 if bf16 else 2e-6)
+    for mine, twin in zip((of_latents[0], *of_beside, *of_parameters), twins, strict=True):
+        assert twin.grad is not None and mine.shape == twin.shape
+        assert error(mine, twin.grad) < (2e-2 if bf16 else 2e-6)
+
+
+def test_what_is_no_rollout_is_refused() -> None:
+    some = made(Case(6, (16, 3), (24, 16), 8))
+    net, z, actions = some.mlp(), torch.rand(6, 16), torch.randn(3, 6, 3)
+    other = made(Case(6, (16, 3), (24, 24), 8)).mlp()
+    with torch.no_grad():
+        for message, call in {
+            "results are not as the latents were": lambda: other.rollout(z, None, actions),
+            "actions are": lambda: net.rollout(z, None, actions[0]),
+            "z is": lambda: net.rollout(z[0], None, actions),
+            "21 features": lambda: net.rollout(z, torch.rand(6, 2), actions),
+            "inputs are fp32": lambda: net.rollout(z, None, actions[:, :5]),
+        }.items():
+            with pytest.raises(RuntimeError, match=message):
+                call()
+        rollout = net.rollout(z, None, actions)
+        for wrong in (torch.zeros(3, 6, 16), torch.zeros(4, 6, 16).double(), torch.zeros(6, 4, 16).transpose(0, 1)):
+            with pytest.raises(RuntimeError, match="gradients of another call"):
+                rollout.gradients(wrong)

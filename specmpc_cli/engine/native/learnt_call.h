@@ -99,7 +99,8 @@ inline std::tuple<at::Tensor, at::Tensor> mlp(
   at::Tensor y = at::empty(call.results(), parts[0].options()), kept;
   with_sizes(bf16, call.dims, call.rows(), call.groups(), ends_in, keep, [&](const auto& sizes) {
     kept = at::empty({sizes.kept_bytes}, parts[0].options().dtype(at::kByte));
-    LearntMlp(sizes, call.inputs, kept.mutable_data_ptr<uint8_t>()).forward(Rows(y));
+    const LearntMlp mlp(sizes, call.inputs, kept.mutable_data_ptr<uint8_t>());
+    mlp.forward(mlp.packed_forth(), Rows(y));
   });
   return {y, kept};
 }
@@ -133,7 +134,8 @@ inline std::vector<at::Tensor> mlp_backward(
   for (size_t v = 0; keep == 2 && v < vectors.size(); ++v) of_vectors.push_back(like(vectors[v]));
   with_sizes(bf16, call.dims, call.rows(), call.groups(), ends_in, keep, [&](const auto& sizes) {
     TORCH_CHECK(kept.numel() == sizes.kept_bytes, "mlp_backward: gradients of another call");
-    LearntMlp(sizes, call.inputs, kept.mutable_data_ptr<uint8_t>()).backward(Rows(grad), Rows(y), of_weights, of_vectors);
+    const LearntMlp mlp(sizes, call.inputs, kept.mutable_data_ptr<uint8_t>());
+    mlp.backward(mlp.packed_back(), Rows(grad), Rows(y), of_weights, of_vectors, false);
   });
   return gradients;
 }

@@ -32,6 +32,7 @@ struct Parameters {
 struct Part {
   Rows values;
   std::optional<Rows> gradient;
+  bool adds = false;  // to what is there
 };
 
 // What both passes are given.
@@ -56,9 +57,8 @@ class LearntMlp {
   LearntMlp(const Sizes& sizes, const LearntInputs& inputs, uint8_t* kept)
       : sizes_(sizes), parts_(inputs.parts), given_(inputs.given), mask_(inputs.mask), kept_(kept), wanted_(wanted_columns(inputs.parts)) {}
 
-  // → y [G, N, out], and what is kept.
-  void forward(const Rows& y) const {
-    const at::Tensor packed = packed_forth();
+  // `packed` is packed_forth's, of these weights → y [G, N, out], and what is kept.
+  void forward(const at::Tensor& packed, const Rows& y) const {
     const int64_t chunks = sizes_.chunks();
     at::parallel_for(0, sizes_.groups * chunks, 1, [&](int64_t begin, int64_t end) {
       for_runs(begin, end, chunks, [&](int64_t group, int64_t first, int64_t some) {
@@ -68,11 +68,15 @@ class LearntMlp {
     });
   }
 
-  // grad [G, N, out], and y as it was made → gradients of parts that want one; with Keep::kForParameters also of weights and vectors, each
-  // as large as what it is of.
+  // `packed` is packed_back's, of these weights and wanted columns; grad [G, N, out], and y as it was made → gradients of parts that want
+  // one; with Keep::kForParameters also of weights and vectors, each as large as what it is of, or added to it.
   void backward(
-      const Rows& grad, const Rows& y, const std::vector<at::Tensor>& weight_grads, const std::vector<at::Tensor>& vector_grads) const {
-    const at::Tensor packed = packed_back();
+      const at::Tensor& packed,
+      const Rows& grad,
+      const Rows& y,
+      const std::vector<at::Tensor>& weight_grads,
+      const std::vector<at::Tensor>& vector_grads,
+      bool adds) const {
     const bool learns = sizes_.keep == Keep::kForParameters;
     const int64_t chunks = sizes_.chunks();
     const at::Tensor lefts = at::empty({learns ? left_offset(sizes_.layers.size()) : 0}, packed.options());
@@ -93,7 +97,7 @@ class LearntMlp {
       for (int64_t group = 0; group < sizes_.groups; ++group) {
         float* gradient = weight_grads[layer.number].template mutable_data_ptr<float>() + group * layer.out * layer.in;
         const Feature* left = packed_left(lefts.mutable_data_ptr<Feature>(), layer, group);
-        products.push_back({left, sizes_.inputs(kept_, layer, group), layer.out, layer.in, gradient});
+        products.push_back({left, sizes_.inputs(kept_, layer, group), layer.out, layer.in, gradient, adds});
       }
     }
     multiply_over_rows(products, sizes_.depth);
@@ -107,10 +111,57 @@ class LearntMlp {
       for (int64_t v = 0; v < layer.own_vectors(); ++v) {
         float* to = vector_grads[layer.vectors + v].template mutable_data_ptr<float>();
         for (int64_t group = 0; group < sizes_.groups; ++group) {
-          std::copy_n(all + group * sizes_.sums + layer.sums + v * layer.out, layer.out, to + group * layer.out);
+          const float* sum = all + group * sizes_.sums + layer.sums + v * layer.out;
+          for (int64_t j = 0; j < layer.out; ++j) to[group * layer.out + j] = adds ? to[group * layer.out + j] + sum[j] : sum[j];
         }
       }
     }
+  }
+
+  // All weights for the products forwards → [G, size], layer by layer.
+  at::Tensor packed_forth() const {
+    int64_t size = 0;
+    for (const LearntLayer& layer : sizes_.layers) size += Sizes::forth(layer).packed_size();
+    const at::Tensor packed = at::empty({sizes_.groups, size}, c10::CppTypeToScalarType<Feature>::value);
+    Feature* to = packed.mutable_data_ptr<Feature>();
+    for (const LearntLayer& layer : sizes_.layers) {
+      const Product product(layer.in, layer.out);
+      const int64_t panels = product.panels(), step = given_.weights[layer.number].step;
+      const int64_t grain = std::max<int64_t>(1, kGrain / layer.in / Product::kOutputs);
+      at::parallel_for(0, sizes_.groups * panels, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t unit = begin; unit < end; ++unit) {
+          const int64_t group = unit / panels;
+          product.pack(given_.weight(layer, group), step, unit % panels, to + group * size);
+        }
+      });
+      to += product.packed_size();
+    }
+    return packed;
+  }
+
+  // All weights for the products backwards → [G, size], from the last layer to the first, and of that the columns that are wanted.
+  at::Tensor packed_back() const {
+    constexpr int64_t kSome = 32;  // outputs at a time
+    int64_t size = 0;
+    for (const LearntLayer& layer : sizes_.layers) size += Sizes::back(layer, columns(layer)).packed_size();
+    const at::Tensor packed = at::empty({sizes_.groups, size}, c10::CppTypeToScalarType<Feature>::value);
+    Feature* to = packed.mutable_data_ptr<Feature>();
+    for (size_t l = sizes_.layers.size(); l-- > 0;) {
+      const LearntLayer& layer = sizes_.layers[l];
+      const Columns some = columns(layer);
+      if (some.count == 0) continue;
+      const int64_t pieces = (layer.out + kSome - 1) / kSome, step = given_.weights[l].step;
+      const int64_t grain = std::max<int64_t>(1, kGrain / some.count / kSome);
+      at::parallel_for(0, sizes_.groups * pieces, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t unit = begin; unit < end; ++unit) {
+          const int64_t group = unit / pieces, first = unit % pieces * kSome, count = std::min(kSome, layer.out - first);
+          const float* from = given_.weight(layer, group, first) + some.first;
+          Product::pack_right(from, step, count, some.count, first, Sizes::padded(layer.out), to + group * size);
+        }
+      });
+      to += Sizes::back(layer, some).packed_size();
+    }
+    return packed;
   }
 
  private:
@@ -282,7 +333,7 @@ class LearntMlp {
         const float* from = slopes + r * step + column;
         float* to = part.gradient->template of<float>(0, rows.first + r);
 #pragma omp simd
-        for (int64_t j = 0; j < part.values.dim; ++j) to[j] = rows.group ? to[j] + from[j] : from[j];
+        for (int64_t j = 0; j < part.values.dim; ++j) to[j] = rows.group || part.adds ? to[j] + from[j] : from[j];
       }
       column += part.values.dim;
     }
@@ -296,52 +347,6 @@ class LearntMlp {
   }
   Feature* packed_left(Feature* lefts, const LearntLayer& layer, int64_t group) const {
     return lefts + left_offset(layer.number) + group * Product::left_size(layer.out, sizes_.depth);
-  }
-
-  // All weights for the products forwards → [G, size], layer by layer.
-  at::Tensor packed_forth() const {
-    int64_t size = 0;
-    for (const LearntLayer& layer : sizes_.layers) size += Sizes::forth(layer).packed_size();
-    const at::Tensor packed = at::empty({sizes_.groups, size}, c10::CppTypeToScalarType<Feature>::value);
-    Feature* to = packed.mutable_data_ptr<Feature>();
-    for (const LearntLayer& layer : sizes_.layers) {
-      const Product product(layer.in, layer.out);
-      const int64_t panels = product.panels(), step = given_.weights[layer.number].step;
-      const int64_t grain = std::max<int64_t>(1, kGrain / layer.in / Product::kOutputs);
-      at::parallel_for(0, sizes_.groups * panels, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t unit = begin; unit < end; ++unit) {
-          const int64_t group = unit / panels;
-          product.pack(given_.weight(layer, group), step, unit % panels, to + group * size);
-        }
-      });
-      to += product.packed_size();
-    }
-    return packed;
-  }
-
-  // All weights for the products backwards → [G, size], from the last layer to the first, and of that the columns that are wanted.
-  at::Tensor packed_back() const {
-    constexpr int64_t kSome = 32;  // outputs at a time
-    int64_t size = 0;
-    for (const LearntLayer& layer : sizes_.layers) size += Sizes::back(layer, columns(layer)).packed_size();
-    const at::Tensor packed = at::empty({sizes_.groups, size}, c10::CppTypeToScalarType<Feature>::value);
-    Feature* to = packed.mutable_data_ptr<Feature>();
-    for (size_t l = sizes_.layers.size(); l-- > 0;) {
-      const LearntLayer& layer = sizes_.layers[l];
-      const Columns some = columns(layer);
-      if (some.count == 0) continue;
-      const int64_t pieces = (layer.out + kSome - 1) / kSome, step = given_.weights[l].step;
-      const int64_t grain = std::max<int64_t>(1, kGrain / some.count / kSome);
-      at::parallel_for(0, sizes_.groups * pieces, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t unit = begin; unit < end; ++unit) {
-          const int64_t group = unit / pieces, first = unit % pieces * kSome, count = std::min(kSome, layer.out - first);
-          const float* from = given_.weight(layer, group, first) + some.first;
-          Product::pack_right(from, step, count, some.count, first, Sizes::padded(layer.out), to + group * size);
-        }
-      });
-      to += Sizes::back(layer, some).packed_size();
-    }
-    return packed;
   }
 };
 

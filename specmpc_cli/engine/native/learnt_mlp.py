@@ -45,6 +45,13 @@ class LearntMlp:
         y, kept = torch.ops.specmpc.mlp(parts, self.weights, self.vectors, heads, mask, self.ends_in, self.bf16, keep)
         return LearntCall(y, self, parts, heads, mask, keep, kept)
 
+    def rollout(self, z: Tensor, beside: Tensor | None, actions: Tensor) -> LearntRollout:
+        """What it makes of a step's inputs is the next step's first part: from z [N, Z], with actions [H, N, A] last and, between the two,
+        what is the same in all steps, [N, D], if there is something. All is kept for gradients.
+        """
+        latents, kept = torch.ops.specmpc.mlp_rollout(z, beside, actions, self.weights, self.vectors, self.ends_in, self.bf16)
+        return LearntRollout(latents, self, beside, actions, kept)
+
 
 class LearntCall(NamedTuple):
     """What a call made, and what it kept."""
@@ -63,3 +70,22 @@ class LearntCall(NamedTuple):
         settings = (self.heads, self.mask, self.mlp.ends_in, self.mlp.bf16, self.keep)
         found = torch.ops.specmpc.mlp_backward(grad, made, kept, parts, weights, vectors, *settings, wanted)
         return found[: sum(wanted)], found[sum(wanted) :]
+
+
+class LearntRollout(NamedTuple):
+    """What a rollout made, and what it kept."""
+
+    latents: Tensor  # [H+1, N, Z], the given ones first
+    mlp: LearntMlp
+    beside: Tensor | None
+    actions: Tensor
+    kept: Tensor
+
+    def gradients(self, of_latents: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """From the gradient that the latents get elsewhere, to which that through later ones is added: that of `beside`, and of all weights
+        and vectors.
+        """
+        (latents, mlp, beside, actions, kept), count = self, len(self.mlp.weights) + len(self.mlp.vectors)
+        given = (latents, kept, beside, actions, mlp.weights, mlp.vectors, mlp.ends_in, mlp.bf16)
+        found = torch.ops.specmpc.mlp_rollout_backward(of_latents, *given)
+        return found[count:], found[:count]

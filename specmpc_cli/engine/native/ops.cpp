@@ -2,7 +2,7 @@
 
 #include "adam.h"
 #include "fused_mlp.h"
-#include "learnt_call.h"
+#include "learnt_rollout.h"
 #include "policy_loss.h"
 #include "search_call.h"
 
@@ -19,6 +19,12 @@ TORCH_LIBRARY(specmpc, m) {
   m.def(
       "mlp_backward(Tensor grad, Tensor y, Tensor kept, Tensor[] parts, Tensor[] weights, Tensor[] vectors, Tensor? heads, Tensor? mask,"
       " int ends_in, bool bf16, int keep, bool[] wanted) -> Tensor[]");
+  m.def(
+      "mlp_rollout(Tensor z, Tensor? beside, Tensor actions, Tensor[] weights, Tensor[] vectors, int ends_in, bool bf16)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "mlp_rollout_backward(Tensor(a!) of_latents, Tensor latents, Tensor kept, Tensor? beside, Tensor actions, Tensor[] weights,"
+      " Tensor[] vectors, int ends_in, bool bf16) -> Tensor[]");
   m.def("decode(Tensor logits, float low, float high) -> Tensor");
   m.def(
       "rollout_loss(Tensor z, Tensor seen, Tensor reward_logits, Tensor q_logits, Tensor? ended_logits, Tensor reward, Tensor target,"
@@ -48,6 +54,8 @@ TORCH_LIBRARY_IMPL(specmpc, CPU, m) {
   m.impl("pack_mlp", specmpc::pack_mlp);
   m.impl("mlp", specmpc::mlp);
   m.impl("mlp_backward", specmpc::mlp_backward);
+  m.impl("mlp_rollout", specmpc::mlp_rollout);
+  m.impl("mlp_rollout_backward", specmpc::mlp_rollout_backward);
   m.impl("decode", specmpc::decode);
   m.impl("rollout_loss", specmpc::rollout_loss);
   m.impl("draw_policy", specmpc::draw_policy);

@@ -14,6 +14,7 @@ struct OverRows {
   const typename Product::Weight *left, *right;  // of `out` and of `in` features
   int64_t out, in;
   float* result;  // [out, in]
+  bool adds;  // to what is there
 
   int64_t panels() const { return (in + Product::kOutputs - 1) / Product::kOutputs; }
   int64_t tiles() const { return (out + Product::kRows - 1) / Product::kRows; }
@@ -30,11 +31,14 @@ struct OverRows {
         const int64_t outputs = std::min(Product::kRows, out - tile * Product::kRows);
         float* to = result + tile * Product::kRows * in + panel * Product::kOutputs;
         if (columns == width && outputs == Product::kRows) {
-          Product::over_rows(tile_left, panel_right, width, from, end, to, in, from > 0);
+          Product::over_rows(tile_left, panel_right, width, from, end, to, in, adds || from > 0);
         } else if (from == 0) {  // at the edge: all rows at once, into a tile of its own
           alignas(64) float edge[Product::kRows * Product::kOutputs];
           Product::over_rows(tile_left, panel_right, width, 0, depth, edge, Product::kOutputs, false);
-          for (int64_t o = 0; o < outputs; ++o) std::copy_n(edge + o * Product::kOutputs, columns, to + o * in);
+          for (int64_t o = 0; o < outputs; ++o) {
+            const float* sums = edge + o * Product::kOutputs;
+            for (int64_t c = 0; c < columns; ++c) to[o * in + c] = adds ? to[o * in + c] + sums[c] : sums[c];
+          }
         }
       }
     }
