@@ -127,7 +127,7 @@ class KernelGradients:
         z = rollout.latents  # [H+1, B, Z]
         taken = *tasks.beside(z[:-1]), batch.action.flatten(0, 1)
         reward = self._reward(*taken, keep=Keep.FOR_PARAMETERS)
-        q = self._q(*taken, keep=Keep.FOR_PARAMETERS, mask=noise.q_mask)
+        q = self._q(*taken, keep=Keep.FOR_PARAMETERS, dropout=noise.q_dropout)
         ended = None if self._termination is None else self._termination(*tasks.beside(z[1:]), keep=Keep.FOR_PARAMETERS)
 
         made = (z, seen, reward.y, q.y, None if ended is None else ended.y)
@@ -172,7 +172,7 @@ class KernelGradients:
         prior = self._pi(*rows, keep=Keep.FOR_PARAMETERS)
         drawn = self._draw(prior.y, eps, batch.task)
         heads = self._model.q.picked(noise.pi_q_index)
-        q = self._q(*rows, drawn.action.flatten(0, 1), keep=Keep.FOR_INPUTS, heads=heads, mask=noise.pi_q_mask)
+        q = self._q(*rows, drawn.action.flatten(0, 1), keep=Keep.FOR_INPUTS, heads=heads, dropout=noise.pi_q_dropout)
         numbers = (s.rho, s.entropy_coef, s.tau)
         total, scale, of_q, of_entropy = torch.ops.specmpc.draw_loss(q.y, drawn.scaled_entropy, scale, *numbers, *self._range)
 

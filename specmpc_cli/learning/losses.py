@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specmpc_cli.engine.native.learnt_mlp import Dropout
 from specmpc_cli.engine.twohot import two_hot_loss
 from specmpc_cli.engine.world_model import WorldModel
 
@@ -35,8 +36,8 @@ class UpdateNoise(NamedTuple):
     td_q_index: Tensor  # [2] int64: the two target heads of the TD target
     pi_eps: Tensor  # [H+1, B, A] standard normal: the policy's action in its own loss
     pi_q_index: Tensor  # [2] int64: the two heads of the policy loss
-    q_mask: Tensor | None = None  # [E, H·B, mlp_dim] dropout's factors in the first layer of every Q-head; None without dropout
-    pi_q_mask: Tensor | None = None  # [2, (H+1)·B, mlp_dim] likewise, of the two heads of the policy loss
+    q_dropout: Dropout | None = None  # [E, H·B, mlp_dim] of the first layer of every Q-head; None without dropout
+    pi_q_dropout: Dropout | None = None  # [2, (H+1)·B, mlp_dim] likewise, of the two heads of the policy loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ def world_model_loss(model: WorldModel, batch: Batch, noise: UpdateNoise, s: Los
     bins = model.dims.vmin, model.dims.vmax
     consistency = ((z[1:] - seen).square().mean((1, 2)) * weight).mean()
     reward = (two_hot_loss(model.reward_net(from_z, batch.action), batch.reward, *bins).mean(1) * weight).mean()
-    logits = model.q.of_rows(from_z, batch.action, mask=noise.q_mask)  # [E, H, B, bins]
+    logits = model.q.of_rows(from_z, batch.action, mask=_mask(noise.q_dropout))  # [E, H, B, bins]
     value = (two_hot_loss(logits, target, *bins).mean((0, 2)) * weight).mean()
     termination = torch.zeros_like(value)
     if model.termination_net is not None:
@@ -128,7 +129,7 @@ def policy_loss(model: WorldModel, z: Tensor, noise: UpdateNoise, scale: Tensor,
     """
     task = batch.task
     drawn = draw_policy(model, z, noise.pi_eps, task)
-    logits = model.q.of_rows(model.with_task(z, task), drawn.action, q_index=noise.pi_q_index, mask=noise.pi_q_mask)
+    logits = model.q.of_rows(model.with_task(z, task), drawn.action, q_index=noise.pi_q_index, mask=_mask(noise.pi_q_dropout))
     values = model.decode(logits).mean(0)  # [H+1, B]
     scale = torch.lerp(scale, percentile_range(values[0].detach()).clamp(min=1.0), s.tau)
     weight = s.rho ** torch.arange(len(z), device=z.device)
@@ -159,6 +160,10 @@ def draw_policy(model: WorldModel, z: Tensor, eps: Tensor, task: Tensor | None) 
     entropy = -(gaussian - torch.log(F.relu(1 - action.square()) + 1e-6).sum(-1))
     dimensions = action.shape[-1] if model.task_emb is None else model.action_masks[task].sum(-1)
     return PolicyDraw(action, entropy, -gaussian * dimensions)
+
+
+def _mask(dropout: Dropout | None) -> Tensor | None:
+    return None if dropout is None else dropout.mask()
 
 
 def percentile_range(x: Tensor) -> Tensor:

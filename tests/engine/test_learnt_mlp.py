@@ -13,7 +13,8 @@ from torch import Tensor
 
 from specmpc_cli.engine import native
 from specmpc_cli.engine.layers import SimNorm
-from specmpc_cli.engine.native.learnt_mlp import Keep, LearntCall, LearntMlp
+from specmpc_cli.engine.native.learnt_mlp import Dropout, Keep, LearntCall, LearntMlp
+from specmpc_cli.learning.learner import draw_dropout
 
 pytestmark = pytest.mark.compiler
 
@@ -25,7 +26,7 @@ class Case(NamedTuple):
     ends_in: int = 0
     stacks: int = 0  # E heads; 0: no axis for them
     heads: tuple[int, ...] | None = None
-    masked: bool = False
+    drops: bool = False
     wanted: tuple[bool, ...] | None = None  # which parts get a gradient; all if left out
 
 
@@ -49,9 +50,9 @@ CASES = {
     "two parts, the second is wanted": Case(130, (37, 6), (48, 16), wanted=(False, True)),
     "none is wanted": Case(130, (32, 6), (48, 16), wanted=(False, False)),
     "three parts, the middle is wanted": Case(130, (16, 5, 9), (48, 16), wanted=(False, True, False)),
-    "dropout": Case(130, (40,), (64, 24), masked=True),
+    "dropout": Case(130, (40,), (64, 24), drops=True),
     "heads": Case(130, (32, 6), (40, 101), stacks=3),
-    "heads with dropout": Case(130, (32, 6), (40, 24, 101), stacks=5, masked=True),
+    "heads with dropout": Case(130, (32, 6), (40, 24, 101), stacks=5, drops=True),
     "picked heads": Case(130, (32, 6), (40, 24), stacks=5, heads=(4, 1), wanted=(False, True)),
     "a head picked twice": Case(70, (32, 6), (40, 24), stacks=2, heads=(1, 1)),
 }
@@ -64,7 +65,7 @@ class Given:
     vectors: list[Tensor]
     ends_in: int
     heads: Tensor | None
-    mask: Tensor | None
+    dropout: Dropout | None
 
     def leaves(self) -> Iterator[Tensor]:
         yield from (*self.parts, *self.weights, *self.vectors)
@@ -73,15 +74,14 @@ class Given:
         def twin(given: list[Tensor]) -> list[Tensor]:
             return [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in given]
 
-        mask = None if self.mask is None else self.mask.double()
-        return replace(self, parts=twin(self.parts), weights=twin(self.weights), vectors=twin(self.vectors), mask=mask)
+        return replace(self, parts=twin(self.parts), weights=twin(self.weights), vectors=twin(self.vectors))
 
     def mlp(self, bf16: bool = False) -> LearntMlp:
         return LearntMlp(self.weights, self.vectors, self.ends_in, bf16=bf16)
 
     def call(self, keep: Keep, bf16: bool = False) -> LearntCall:
         with torch.no_grad():
-            return self.mlp(bf16)(*self.parts, keep=keep, heads=self.heads, mask=self.mask)
+            return self.mlp(bf16)(*self.parts, keep=keep, heads=self.heads, dropout=self.dropout)
 
     def ours(self, bf16: bool = False) -> Tensor:
         """What autograd can go through."""
@@ -103,8 +103,9 @@ class Given:
                 return of_heads(next(rest)).unsqueeze(-2) if grouped else next(rest)
 
             x = rounded(x) @ rounded(of_heads(weight)).transpose(-1, -2) + vector()
-            if number == 0 and self.mask is not None:
-                x = x * (self.mask if weight.dim() == 3 else self.mask[0])
+            if number == 0 and self.dropout is not None:
+                mask = self.dropout.mask()
+                x = x * (mask if weight.dim() == 3 else mask[0])
             last = number == len(self.weights) - 1
             if not last or self.ends_in:
                 x = F.layer_norm(x, x.shape[-1:]) * vector() + vector()
@@ -148,8 +149,8 @@ def made(case: Case) -> Given:
     parts = [torch.randn(case.rows, width).requires_grad_(wants) for width, wants in zip(case.parts, wanted, strict=True)]
     heads = None if case.heads is None else torch.tensor(case.heads)
     groups = len(case.heads or ()) or case.stacks or 1
-    mask = F.dropout(torch.ones(groups, case.rows, case.outs[0]), 0.3) if case.masked else None
-    return Given(parts, weights, vectors, case.ends_in, heads, mask)
+    dropout = draw_dropout((groups, case.rows, case.outs[0]), 0.3, torch.device("cpu")) if case.drops else None
+    return Given(parts, weights, vectors, case.ends_in, heads, dropout)
 
 
 def error(ours: Tensor, exact: Tensor) -> float:
@@ -213,14 +214,13 @@ def test_what_learns_gets_a_gradient_whatever_does_not(learning: str) -> None:
 
 
 def test_nothing_needs_to_lie_side_by_side() -> None:
-    """Inputs, weights, dropout's factors and gradients of any strides."""
+    """Inputs, weights and gradients of any strides."""
     some = given("heads with dropout")
-    assert some.mask is not None
 
     def strided(x: Tensor) -> Tensor:
         return torch.stack([x.detach(), torch.full_like(x, torch.nan)], -1)[..., 0].requires_grad_(x.requires_grad)
 
-    apart = Given([*map(strided, some.parts)], [*map(strided, some.weights)], [*map(strided, some.vectors)], 0, None, strided(some.mask))
+    apart = Given([*map(strided, some.parts)], [*map(strided, some.weights)], [*map(strided, some.vectors)], 0, None, some.dropout)
     assert not any(tensor.is_contiguous() for tensor in apart.leaves())
     slope = torch.randn(5, 1, 101).expand(-1, 130, -1)
     for one in (some, apart):
@@ -293,7 +293,11 @@ def test_far_tails_of_mish(bf16: bool) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     some = given("heads")
-    mask = torch.ones(3, 130, 40)
+    zeros = torch.arange(3 * 130 * 40)
+
+    def dropping(zeros: Tensor, share: float = 0.3) -> Given:
+        return replace(some, dropout=Dropout(zeros, (3, 130, 40), share))
+
     wrong: dict[str, Given] = {
         "38 features, weights for 37": replace(some, weights=[some.weights[0][..., 1:], some.weights[1]]),
         "inputs are fp32": replace(some, parts=[some.parts[0].double(), some.parts[1]]),
@@ -304,8 +308,11 @@ def test_what_does_not_fit_is_refused() -> None:
         "vectors are": replace(some, vectors=some.vectors[:3]),
         "vectors of another shape": replace(some, vectors=[some.vectors[0][:, 1:], *some.vectors[1:]]),
         "101 features are not groups of 8": replace(some, ends_in=8),
-        "a mask is fp32": replace(some, mask=mask[:2]),
-        "for each feature": replace(some, mask=mask.double()),
+        "what is dropped is int64": dropping(zeros.float()),
+        "what is dropped comes in rising order": dropping(zeros.flip(0)),
+        "rising order, from 0 to at most 15600": dropping(zeros + 2),
+        "rising order, from 0 to": dropping(zeros - 1),
+        "not all features can be dropped": dropping(zeros, 1.0),
         "head 3 of 3": replace(some, heads=torch.tensor([3])),
         "heads are int64": replace(some, heads=torch.tensor([1.0])),
         "heads of weights that have none": replace(given("two parts"), heads=torch.tensor([0, 0])),
@@ -322,7 +329,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_gradients_of_another_call_are_refused() -> None:
     some = given("two parts")
-    settings = (None, None, 0, False)
+    settings = (None, None, 0.0, 0, False)
     lists = [[tensor.detach() for tensor in tensors] for tensors in (some.parts, some.weights, some.vectors)]
     y, kept = torch.ops.specmpc.mlp(*lists, *settings, 2)
     for grad, made, seen, keep in ((y, y, kept, 1), (y, y, kept, 0), (y, y[:5], kept, 2), (y[:5], y[:5], kept, 2), (y, y, kept[1:], 2)):

@@ -14,7 +14,7 @@ from specmpc_cli.engine import native
 from specmpc_cli.engine.twohot import two_hot, two_hot_inv, two_hot_loss
 from specmpc_cli.engine.world_model import WorldModel, WorldModelDims
 from specmpc_cli.learning.gradients import AutogradGradients, KernelGradients
-from specmpc_cli.learning.learner import Learner, LearnerSettings, dropout_mask
+from specmpc_cli.learning.learner import Learner, LearnerSettings, draw_dropout
 from specmpc_cli.learning.losses import Batch, LossSettings, percentile_range
 from specmpc_cli.runtime import Runtime, choose_runtime
 from tests.conftest import make_model
@@ -149,12 +149,12 @@ def test_observations_enter_training_in_full_precision() -> None:
 
 def test_dropout_masks_have_the_share_and_the_scale() -> None:
     torch.manual_seed(0)
-    masks = torch.stack([mask for _ in range(50) if (mask := dropout_mask((2, 100, 30), 0.1, CPU)) is not None])
+    masks = torch.stack([drawn.mask() for _ in range(50) if (drawn := draw_dropout((2, 100, 30), 0.1, CPU)) is not None])
     assert abs(float((masks == 0).float().mean()) - 0.1) < 0.003
     assert abs(float(masks.mean()) - 1.0) < 0.003
     per_place = (masks == 0).float().mean(0)  # the first and the last elements are dropped as often as the others
     assert 0 < float(per_place[0, 0].mean()) < 0.2 and 0 < float(per_place[-1, -1].mean()) < 0.2
-    assert dropout_mask((2, 3), 0.0, CPU) is None
+    assert draw_dropout((2, 3), 0.0, CPU) is None
 
 
 def test_two_hot_decodes_to_what_it_encoded_and_its_loss_is_the_cross_entropy() -> None:

@@ -20,7 +20,8 @@ struct LearntCall {
       at::TensorList weights,
       at::TensorList vectors,
       const std::optional<at::Tensor>& heads,
-      const std::optional<at::Tensor>& mask,
+      const std::optional<at::Tensor>& dropped,
+      double dropout,
       int64_t ends_in) {
     TORCH_CHECK(!parts.empty() && !weights.empty(), "mlp: no inputs, or no weights");
     dims.push_back(0);
@@ -56,10 +57,15 @@ struct LearntCall {
     std::iota(given.heads.begin(), given.heads.end(), 0);
     TORCH_CHECK(!heads || grouped, "mlp: heads of weights that have none");
     if (heads) given.heads = picked_heads(*heads, known);
-    if (mask) {
-      const Rows& factors = inputs.mask.emplace(*mask);
-      const bool fits = factors.groups == groups() && factors.count == rows() && factors.dim == dims[1];
-      TORCH_CHECK(fits && mask->scalar_type() == at::kFloat, "mlp: a mask is fp32, for each feature of the first layer");
+    if (dropped) {
+      TORCH_CHECK(dropped->scalar_type() == at::kLong && dropped->dim() == 1, "mlp: what is dropped is int64 [n]");
+      const at::Tensor zeros = dropped->contiguous();
+      const int64_t *begin = zeros.const_data_ptr<int64_t>(), *end = begin + zeros.numel();
+      const int64_t all = groups() * rows() * dims[1];
+      const bool fits = std::is_sorted(begin, end) && (begin == end || (*begin >= 0 && end[-1] <= all));
+      TORCH_CHECK(fits, "mlp: what is dropped comes in rising order, from 0 to at most ", all);
+      TORCH_CHECK(dropout >= 0.0 && dropout < 1.0, "mlp: not all features can be dropped");
+      inputs.dropout.emplace(Dropout{zeros, rows(), dims[1], static_cast<float>(1.0 / (1.0 - dropout))});
     }
   }
 
@@ -82,19 +88,20 @@ void with_sizes(bool bf16, at::IntArrayRef dims, int64_t rows, int64_t groups, i
   }
 }
 
-// Inputs, side by side in `parts`, through layers with LayerNorm and Mish; `ends_in`: how the last one ends (learnt_sizes.h). `mask`:
-// dropout's factors before the first norm. `bf16`: products and features are. `keep`: nothing (0), what gradients of inputs need (1), or
+// Inputs, side by side in `parts`, through layers with LayerNorm and Mish; `ends_in`: how the last one ends (learnt_sizes.h). `dropped`:
+// features of the first layer that are zero before its norm, in rising order, counted through [G, N, D], with a chance of `dropout`. `bf16`: products and features are. `keep`: nothing (0), what gradients of inputs need (1), or
 // those of weights and vectors, too (2). → y [N, out] or [G, N, out], fp32, and what is kept.
 inline std::tuple<at::Tensor, at::Tensor> mlp(
     at::TensorList parts,
     at::TensorList weights,
     at::TensorList vectors,
     const std::optional<at::Tensor>& heads,
-    const std::optional<at::Tensor>& mask,
+    const std::optional<at::Tensor>& dropped,
+    double dropout,
     int64_t ends_in,
     bool bf16,
     int64_t keep) {
-  const LearntCall call(parts, weights, vectors, heads, mask, ends_in);
+  const LearntCall call(parts, weights, vectors, heads, dropped, dropout, ends_in);
   TORCH_CHECK(keep != 2 || !heads, "mlp: picked heads do not learn");
   at::Tensor y = at::empty(call.results(), parts[0].options()), kept;
   with_sizes(bf16, call.dims, call.rows(), call.groups(), ends_in, keep, [&](const auto& sizes) {
@@ -114,12 +121,13 @@ inline std::vector<at::Tensor> mlp_backward(
     at::TensorList weights,
     at::TensorList vectors,
     const std::optional<at::Tensor>& heads,
-    const std::optional<at::Tensor>& mask,
+    const std::optional<at::Tensor>& dropped,
+    double dropout,
     int64_t ends_in,
     bool bf16,
     int64_t keep,
     const c10::List<bool>& wanted) {
-  LearntCall call(parts, weights, vectors, heads, mask, ends_in);
+  LearntCall call(parts, weights, vectors, heads, dropped, dropout, ends_in);
   TORCH_CHECK(keep == 1 || (keep == 2 && !heads), "mlp_backward: nothing was kept for these gradients");
   const bool floats = grad.scalar_type() == at::kFloat && y.scalar_type() == at::kFloat && kept.scalar_type() == at::kByte;
   const bool same = grad.sizes() == y.sizes() && y.sizes() == at::IntArrayRef(call.results()) && wanted.size() == parts.size();

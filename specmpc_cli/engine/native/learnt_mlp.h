@@ -35,11 +35,29 @@ struct Part {
   bool adds = false;  // to what is there
 };
 
+// Which features of the first layer, counted through [G, N, D], are zero, in rising order; the others are multiplied by `kept`.
+struct Dropout {
+  at::Tensor zeros;
+  int64_t rows, dim;
+  float kept;
+
+  // The factors of one row's features; until the next call.
+  const float* factors(int64_t group, int64_t row) const {
+    static thread_local Scratch<float> scratch;
+    float* factor = scratch.at_least(dim);
+    std::fill_n(factor, dim, kept);
+    const int64_t first = (group * rows + row) * dim;
+    const int64_t *begin = zeros.const_data_ptr<int64_t>(), *end = begin + zeros.numel();
+    for (const int64_t* zero = std::lower_bound(begin, end, first); zero < end && *zero < first + dim; ++zero) factor[*zero - first] = 0.0f;
+    return factor;
+  }
+};
+
 // What both passes are given.
 struct LearntInputs {
   std::vector<Part> parts;
   Parameters given;
-  std::optional<Rows> mask;  // [G, N, D]: dropout's factors in the first layer
+  std::optional<Dropout> dropout;
 };
 
 // Some rows of a group.
@@ -55,7 +73,7 @@ class LearntMlp {
   using Sizes = LearntSizes<Product>;
 
   LearntMlp(const Sizes& sizes, const LearntInputs& inputs, uint8_t* kept)
-      : sizes_(sizes), parts_(inputs.parts), given_(inputs.given), mask_(inputs.mask), kept_(kept), wanted_(wanted_columns(inputs.parts)) {}
+      : sizes_(sizes), parts_(inputs.parts), given_(inputs.given), dropout_(inputs.dropout), kept_(kept), wanted_(wanted_columns(inputs.parts)) {}
 
   // `packed` is packed_forth's, of these weights → y [G, N, out], and what is kept.
   void forward(const at::Tensor& packed, const Rows& y) const {
@@ -168,7 +186,7 @@ class LearntMlp {
   Sizes sizes_;
   const std::vector<Part>& parts_;
   const Parameters& given_;
-  const std::optional<Rows>& mask_;
+  const std::optional<Dropout>& dropout_;
   uint8_t* kept_;
   Columns wanted_;
 
@@ -187,7 +205,7 @@ class LearntMlp {
     return {group, first, std::min(Sizes::chunk_rows(), sizes_.rows - first)};
   }
   const float* factors(const LearntLayer& layer, int64_t group, int64_t row) const {
-    return layer.number == 0 && mask_ ? mask_->of<float>(group, row) : nullptr;
+    return layer.number == 0 && dropout_ ? dropout_->factors(group, row) : nullptr;
   }
   // Of which a layer's gradient is computed.
   Columns columns(const LearntLayer& layer) const { return layer.number ? Columns{0, layer.in} : wanted_; }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,19 @@ class Keep(IntEnum):
     FOR_PARAMETERS = 2  # and inputs
 
 
+class Dropout(NamedTuple):
+    """Which of a layer's features, [G, N, D] in `shape`, are zero; the others grow by what those would have made."""
+
+    zeros: Tensor  # [n] int64, in rising order, counted through all features; the features' number at the end, where there are too many
+    shape: tuple[int, ...]
+    share: float  # the chance of each
+
+    def mask(self) -> Tensor:
+        """Factors in this shape."""
+        factors = torch.full((math.prod(self.shape) + 1,), 1 / (1 - self.share), device=self.zeros.device)
+        return factors.index_fill_(0, self.zeros, 0.0)[:-1].view(self.shape)
+
+
 class LearntMlp:
     """Layers and how their products are computed. Their parameters are read where they are, at each call. Needs `native.multiplies`."""
 
@@ -34,16 +48,20 @@ class LearntMlp:
         """
         self.weights, self.vectors, self.ends_in, self.bf16 = list(weights), list(vectors), ends_in, bf16
 
-    def __call__(self, *parts: Tensor, keep: Keep = Keep.NOTHING, heads: Tensor | None = None, mask: Tensor | None = None) -> LearntCall:
+    def __call__(
+        self, *parts: Tensor, keep: Keep = Keep.NOTHING, heads: Tensor | None = None, dropout: Dropout | None = None
+    ) -> LearntCall:
         """Inputs → y [N, out], or [G, N, out] of heads.
 
         Args:
             parts: the inputs' features side by side, each [N, I].
             heads: [G] int64, which of E; all in turn if left out. Those that are picked cannot learn.
-            mask: [G, N, D], dropout's factors in the first layer.
+            dropout: of features of the first layer, [G, N, D].
         """
-        y, kept = torch.ops.specmpc.mlp(parts, self.weights, self.vectors, heads, mask, self.ends_in, self.bf16, keep)
-        return LearntCall(y, self, parts, heads, mask, keep, kept)
+        dropped = (None, 0.0) if dropout is None else (dropout.zeros, dropout.share)
+        settings = (heads, *dropped, self.ends_in, self.bf16, keep)
+        y, kept = torch.ops.specmpc.mlp(parts, self.weights, self.vectors, *settings)
+        return LearntCall(y, self, parts, settings, kept)
 
     def rollout(self, z: Tensor, beside: Tensor | None, actions: Tensor) -> LearntRollout:
         """What it makes of a step's inputs is the next step's first part: from z [N, Z], with actions [H, N, A] last and, between the two,
@@ -59,16 +77,13 @@ class LearntCall(NamedTuple):
     y: Tensor
     mlp: LearntMlp
     parts: Sequence[Tensor]
-    heads: Tensor | None
-    mask: Tensor | None
-    keep: Keep
+    settings: tuple[Any, ...]  # as the operators take them
     kept: Tensor
 
     def gradients(self, grad: Tensor, *wanted: bool) -> tuple[list[Tensor], list[Tensor]]:
         """From the gradient of y those of the wanted parts, in their order, and, if they were kept for, of all weights and vectors."""
         made, kept, (parts, weights, vectors) = self.y, self.kept, (self.parts, self.mlp.weights, self.mlp.vectors)
-        settings = (self.heads, self.mask, self.mlp.ends_in, self.mlp.bf16, self.keep)
-        found = torch.ops.specmpc.mlp_backward(grad, made, kept, parts, weights, vectors, *settings, wanted)
+        found = torch.ops.specmpc.mlp_backward(grad, made, kept, parts, weights, vectors, *self.settings, wanted)
         return found[: sum(wanted)], found[sum(wanted) :]
 
 

@@ -20,7 +20,7 @@ struct Rollout {
     std::vector<at::Tensor> parts{latents[number]};
     if (beside) parts.push_back(*beside);
     parts.push_back(actions[number]);
-    LearntCall call(parts, weights, vectors, std::nullopt, std::nullopt, ends_in);
+    LearntCall call(parts, weights, vectors, std::nullopt, std::nullopt, 0.0, ends_in);
     TORCH_CHECK(at::IntArrayRef(call.results()) == latents[number].sizes(), "mlp_rollout: results are not as the latents were");
     return call;
   }
