@@ -124,7 +124,7 @@ def envs_for(episodes: int) -> int:
 
 
 def prepare_training(out: Output, trainer: "Trainer") -> None:
-    """Makes the first plans and losses, which compiles them, and says so."""
+    """Makes the first plans and losses, which builds or compiles what they need, and says so."""
     for note in trainer.notes:
         out.note(f"note: {note}")
     if trainer.runtime.prepares:

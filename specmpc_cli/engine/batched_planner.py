@@ -17,7 +17,7 @@ from specmpc_cli.types import Plan
 
 
 class Networks:
-    """What plans, made of one model: a copy for the search, in its dtype, and in fp32 what predicts (`planner.Behaviour`).
+    """What plans, made of one model: a copy for the search, in its dtype, and in fp32 what encodes and predicts (`planner.Behaviour`).
 
     Where both can be packed they are, at the first plan, because that may have to build the kernels first.
     """

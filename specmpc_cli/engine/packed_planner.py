@@ -45,9 +45,7 @@ class PackedBehaviour:
 
     @torch.inference_mode(False)
     def __init__(self, model: WorldModel) -> None:
-        self._nets: tuple[Stack, ...] = model.encoder, model.dynamics, model.pi_net
-        self._packed = [PackedMlp(*net.values(), net.ends_in) for net in self._nets]
-        self._encoder, self._dynamics, self._policy = self._packed
+        self._encoder, self._dynamics, self._policy = (_Renewed(net) for net in (model.encoder, model.dynamics, model.pi_net))
         self._action_dim = model.dims.action_dim
 
     def encode(self, obs: Tensor) -> Tensor:
@@ -62,11 +60,24 @@ class PackedBehaviour:
         """z [B, Z] → [B, A]."""
         return torch.tanh(self._policy(z)[:, : self._action_dim])
 
-    @torch.no_grad()
     def renew(self) -> None:
-        """Takes over the model's weights."""
-        for net, packed in zip(self._nets, self._packed, strict=True):
-            packed.renew(*net.values())
+        """Takes over the model's weights, each net's when it is next asked."""
+        for net in (self._encoder, self._dynamics, self._policy):
+            net.stale = True
+
+
+class _Renewed:
+    """A stack, packed; anew when it is asked, if it is stale: while a training acts, not all are."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stale = False
+        self._stack, self._packed = stack, PackedMlp(*stack.values(), stack.ends_in)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.stale:
+            self._packed.renew(*self._stack.values())
+            self.stale = False
+        return self._packed(x)
 
 
 def _networks(model: WorldModel) -> tuple[list[Tensor], list[Tensor], list[int], list[float]]:

@@ -110,7 +110,7 @@ class SpeculativeRunner:
     ) -> None:
         """
         Args:
-            model: the fp32 world model that encodes observations and predicts latents.
+            model: the fp32 world model.
             course: how plans run. `executes`: what plans of several steps execute, the elite that the planner drew or the elites'
                 `mean`; one step per plan is plain TD-MPC2, which executes what it drew. `tail`: how a plan goes on beyond the
                 planner's horizon; `policy` follows the policy prior's mean through the dynamics, `hold` repeats the last planned
@@ -124,6 +124,8 @@ class SpeculativeRunner:
         """
         self.model = model
         self._behaviour = behaviour or model
+        # What is compiled, or captured, with a corrector or for a GPU has no use for kernels of our own.
+        self._sees = model if corrector is not None or next(model.parameters()).is_cuda else self._behaviour
         self.planner = planner
         self.rule = rule
         self.refinement = refinement
@@ -171,14 +173,17 @@ class SpeculativeRunner:
         replanned = [self._replan_rows(planner, mask, seen, state, first) for planner, mask in planners]
         return self.execute(seen, state, [part for part in replanned if part is not None])
 
+    def encode(self, obs: Tensor) -> Tensor:
+        """Observations [B, O] → latents [B, Z], as steps see them."""
+        return row_by_row(self._sees.encode, obs)
+
     def judge(self, obs: Tensor, state: RunnerState, first: Tensor) -> Judgement:
         """What is seen and decided, before anything is planned."""
         assert obs.shape == (first.shape[0], self.model.dims.obs_dim), obs.shape
         row = torch.arange(len(first), device=first.device)
         z_pred = state.plan.latents[row, state.age.clamp(max=self._length)]
         planned = state.plan.actions[row, state.age.clamp(max=self._length - 1)]
-        model = self._behaviour if self.corrector is None else self.model  # what is compiled for a corrector has no use for our kernels
-        return self._judge(model, self.corrector, self._metric, self._limits, obs, z_pred, planned, state.age, state.history, first)
+        return self._judge(self._sees, self.corrector, self._metric, self._limits, obs, z_pred, planned, state.age, state.history, first)
 
     def adopt(self, plan: Plan) -> Plan:
         """The plan as this runner executes it: the drawn elite or the mean, and then the tail."""

@@ -50,7 +50,7 @@ class AutogradGradients:
 
     def __init__(self, model: WorldModel, s: LossSettings, discounts: Tensor | None, runtime: Runtime) -> None:
         self._model, self._s, self._discounts, self._runtime = model, s, discounts, runtime
-        self._losses = compiled_losses() if runtime.compiled else Losses(world_model_loss, policy_loss)
+        self._losses = _compiled_losses() if runtime.compiled else _Losses(world_model_loss, policy_loss)
 
     def world_model(self, batch: Batch, noise: UpdateNoise) -> ModelLoss:
         with self._autocast():
@@ -70,7 +70,7 @@ class AutogradGradients:
         return torch.autocast(self._runtime.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
-class Losses(NamedTuple):
+class _Losses(NamedTuple):
     """`world_model_loss` and `policy_loss`, as they are computed."""
 
     world_model: Callable[[WorldModel, Batch, UpdateNoise, LossSettings, Tensor | None], ModelLoss]
@@ -78,9 +78,9 @@ class Losses(NamedTuple):
 
 
 @cache
-def compiled_losses() -> Losses:
+def _compiled_losses() -> _Losses:
     """Compiled at their first call for each new shape, once for all models."""
-    return Losses(compiled(world_model_loss), compiled(policy_loss))
+    return _Losses(compiled(world_model_loss), compiled(policy_loss))
 
 
 @contextmanager
@@ -146,20 +146,21 @@ class KernelGradients:
         return ModelLoss(*losses, latents=z)
 
     def _encode(self, obs: Tensor, tasks: _Tasks, keep: Keep = Keep.NOTHING) -> tuple[LearntCall, LearntCall]:
-        """The layer that reads observations, and those after it."""
+        """Observations [..., B, O] through the layer that reads them, and through those after it → latents [N, Z]."""
         sensed = self._sensors(*tasks.beside(obs), keep=keep)
         return sensed, self._encoder(sensed.y, keep=keep)
 
     def _targets(self, seen: Tensor, batch: Batch, noise: UpdateNoise, tasks: _Tasks) -> Tensor:
         """TD targets [H, B] from the latents [H·B, Z] of the observations after the first."""
         rows = tasks.beside(seen.view(*batch.reward.shape, -1))
-        action, *_ = self._draw(self._pi(*rows).y, noise.td_eps, batch.task)
+        action, *_ = self._draw(self._pi(*rows).y, noise.td_eps, self._masks(noise.td_eps, batch.task))
         q = self._q_target(*rows, action.flatten(0, 1), heads=self._model.q.picked(noise.td_q_index))
         values = torch.ops.specmpc.decode(q.y, *self._range).unflatten(1, batch.reward.shape)
         return td_target(values, batch, self._s, self._discounts)
 
-    def _draw(self, features: Tensor, eps: Tensor, task: Tensor | None) -> PolicyDraw:
-        return PolicyDraw(*torch.ops.specmpc.draw_policy(features, eps, self._masks(eps, task), *self._log_std_range))
+    def _draw(self, features: Tensor, eps: Tensor, masks: Tensor | None) -> PolicyDraw:
+        """From what the policy prior's network made [N, 2A], for standard normal eps [..., A]."""
+        return PolicyDraw(*torch.ops.specmpc.draw_policy(features, eps, masks, *self._log_std_range))
 
     def _masks(self, eps: Tensor, task: Tensor | None) -> Tensor | None:
         """1 for each action dimension of [..., B, A] that the row's task has."""
@@ -168,9 +169,9 @@ class KernelGradients:
     @torch.no_grad()
     def policy(self, z: Tensor, noise: UpdateNoise, scale: Tensor, batch: Batch) -> PolicyLoss:
         s, eps, tasks = self._s, noise.pi_eps, _Tasks(self._model, batch.task)
-        rows = tasks.beside(z)
+        rows, masks = tasks.beside(z), self._masks(eps, batch.task)
         prior = self._pi(*rows, keep=Keep.FOR_PARAMETERS)
-        drawn = self._draw(prior.y, eps, batch.task)
+        drawn = self._draw(prior.y, eps, masks)
         heads = self._model.q.picked(noise.pi_q_index)
         q = self._q(*rows, drawn.action.flatten(0, 1), keep=Keep.FOR_INPUTS, heads=heads, dropout=noise.pi_q_dropout)
         numbers = (s.rho, s.entropy_coef, s.tau)
@@ -183,7 +184,6 @@ class KernelGradients:
                 imitation = imitation_loss(action, batch.action, batch.demonstrated, s)
             total = total + imitation.detach()
             of_action += torch.autograd.grad(imitation, action)[0]
-        masks = self._masks(eps, batch.task)
         tasks.back(prior, torch.ops.specmpc.draw_policy_backward(of_action, of_entropy, prior.y, eps, masks, *self._log_std_range))
         tasks.learn()
         return PolicyLoss(total, drawn.entropy.mean(), drawn.scaled_entropy.mean(), scale)

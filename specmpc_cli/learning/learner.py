@@ -16,11 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specmpc_cli.engine import native
 from specmpc_cli.engine.captured import CapturedCall
 from specmpc_cli.engine.native.learnt_mlp import Dropout
 from specmpc_cli.engine.world_model import WorldModel, within_unit_ball
-from specmpc_cli.learning.gradients import gradients_for
+from specmpc_cli.learning.gradients import Gradients, gradients_for
 from specmpc_cli.learning.losses import Batch, LossSettings, UpdateNoise
 from specmpc_cli.learning.optimiser import ClippedAdam
 from specmpc_cli.runtime import Runtime
@@ -78,7 +77,7 @@ class Learner:
         self.updates = 0
         self.scale = torch.ones((), device=runtime.device)
         self._losses, self._settings, self._runtime, self._seed = losses, settings, runtime, seed
-        self._gradients = gradients_for(model, losses, self._discounts, runtime)
+        self._gradients: Gradients | None = None  # chosen when they are first computed, because kernels may have to be built for them
         model.requires_grad_(True).q_target.requires_grad_(False)
         policy = list(model.pi_net.parameters())
         encoder = list(model.encoder.parameters())
@@ -86,7 +85,7 @@ class Learner:
         rest = [parameter for name, parameter in named if not name.startswith("encoder.")]
         groups = [{"params": encoder, "lr": settings.lr * settings.enc_lr_scale}, {"params": rest}]
         graph = runtime.device.type == "cuda"
-        by_kernel = runtime.compiled and not graph and native.built()
+        by_kernel = runtime.compiled and not graph
         adam = partial(ClippedAdam, lr=settings.lr, max_norm=settings.grad_clip_norm, by_kernel=by_kernel, capturable=graph)
         self._world_adam, self._policy_adam = adam(groups), adam([{"params": policy}], eps=settings.pi_adam_eps)
         self._heads: list[Tensor] = list(model.q.parameters())
@@ -106,7 +105,7 @@ class Learner:
         return info
 
     def rehearse(self, size: int, horizon: int) -> None:
-        """Computes both losses and their gradients for an empty batch, which compiles what will be compiled; nothing is learned."""
+        """Computes both losses and their gradients for an empty batch, which builds or compiles what they need; nothing is learned."""
         d, device = self.model.dims, self._runtime.device
         steps = torch.zeros(horizon, size, device=device)
         batch = Batch(
@@ -118,7 +117,8 @@ class Learner:
             torch.zeros(size, device=device) if "demonstrated" in self._fields else None,
         )
         noise = self.draw(horizon, size)
-        self._gradients.policy(self._gradients.world_model(batch, noise).latents, noise, self.scale, batch)
+        gradients = self._chosen_gradients()
+        gradients.policy(gradients.world_model(batch, noise).latents, noise, self.scale, batch)
         self._forget_gradients()
 
     def _forget_gradients(self) -> None:
@@ -126,8 +126,14 @@ class Learner:
             optimiser.forget_gradients()
 
     def compute_eagerly(self) -> None:
-        """Gives up compiling."""
-        self._gradients = gradients_for(self.model, self._losses, self._discounts, replace(self._runtime, compiled=False))
+        """Gives up compiled code, and kernels of our own."""
+        self._runtime, self._gradients = replace(self._runtime, compiled=False), None
+        for optimiser in (self._world_adam, self._policy_adam):
+            optimiser.by_kernel = False
+
+    def _chosen_gradients(self) -> Gradients:
+        self._gradients = self._gradients or gradients_for(self.model, self._losses, self._discounts, self._runtime)
+        return self._gradients
 
     def _drawn_step(self, *fields: Tensor) -> UpdateInfo:
         batch = Batch(**dict(zip(self._fields, fields, strict=True)))
@@ -147,18 +153,19 @@ class Learner:
 
     def step(self, batch: Batch, noise: UpdateNoise) -> UpdateInfo:
         """One update with these draws."""
+        gradients = self._chosen_gradients()
         self._forget_gradients()  # of a capture that failed half-way
         # World model.
         if self._embedding is not None:
             self._embedding.restore_gradient()
             self._embedding.bound(batch.task)
-        loss = self._gradients.world_model(batch, noise)
+        loss = gradients.world_model(batch, noise)
         grad_norm = self._world_adam.clipped_step()
 
         # Policy prior.
         if self._embedding is not None:
             self._embedding.bound(batch.task)
-        policy = self._gradients.policy(loss.latents, noise, self.scale, batch)
+        policy = gradients.policy(loss.latents, noise, self.scale, batch)
         pi_grad_norm = self._policy_adam.clipped_step()
         self.scale.copy_(policy.scale)
         if self._embedding is not None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specmpc_cli.engine import native
+
 
 class ClippedAdam(torch.optim.Adam):
     """Adam, whose gradients are scaled to a norm of `max_norm` at most before each step, all together, and are gone after it."""
@@ -15,16 +17,16 @@ class ClippedAdam(torch.optim.Adam):
     def __init__(self, groups: Iterable[dict[str, Any]], *, max_norm: float, by_kernel: bool, capturable: bool, **settings: float) -> None:
         """
         Args:
-            by_kernel: on a CPU for which `native.built`; the state is that of torch's either way.
+            by_kernel: on a CPU, once the kernels are built; the state is that of torch's either way.
             settings: torch's, such as `lr` and `eps`.
         """
         super().__init__(groups, fused=True, capturable=capturable, **settings)  # type: ignore[arg-type]
-        self._max_norm, self._by_kernel = max_norm, by_kernel
+        self._max_norm, self.by_kernel = max_norm, by_kernel
         self._parameters: list[nn.Parameter] = [parameter for group in self.param_groups for parameter in group["params"]]
 
     def clipped_step(self) -> Tensor:
         """→ the norm before, []."""
-        if self._by_kernel:
+        if self.by_kernel and native.built():
             norm = self._kernels_step()
         else:
             norm = clip_gradients(self._parameters, self._max_norm)

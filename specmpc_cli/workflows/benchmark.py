@@ -217,7 +217,7 @@ class Subject:
             draws=draws_for(replace(self.runtime, compiled=False)),  # the compiler refuses to work while products are counted
         )
 
-        encode = CapturedCall(self.model.encode, self.runtime.device)  # a runner has it in its judgement's graph
+        encode = CapturedCall(self._planner.networks.encode, self.runtime.device)  # a runner has it in its judgement's graph
 
         @torch.inference_mode()
         def planned_by(planner: BatchedPlanner, encode: Callable[[Tensor], Tensor]) -> None:

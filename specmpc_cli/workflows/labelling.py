@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from specmpc_cli.data.tuples import Behaviour
-from specmpc_cli.engine.rows import row_by_row
 from specmpc_cli.engine.runner import Replanned, SpeculativeRunner
 from specmpc_cli.types import Decision, Rows, RunnerState, StepLog
 
@@ -119,6 +118,6 @@ class Auditor:
         if len(rows):
             seen = state.take(rows)
             warm_start = self.runner.warm_start(seen, first[rows])
-            fresh = self.runner.planner(row_by_row(self.runner.model.encode, obs[rows]), warm_start, seen.stream, seen.step)
+            fresh = self.runner.planner(self.runner.encode(obs[rows]), warm_start, seen.stream, seen.step)
             error[rows] = (action[rows] - fresh.mean[:, 0]).square().mean(-1)
         return action, after, AuditedLog(**vars(log), audited=audited, error=error)

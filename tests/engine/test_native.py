@@ -314,7 +314,7 @@ def run_built_with(flags: str, folder: Path, **environment: str) -> None:
     compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" {flags}\n')
     compiler.chmod(0o755)
     in_test_native = "one_call_is or operands_only or any_size or not_finite or far_from or rounded_once or to_the_bit or stale"
-    in_test_learnt_mlp = "values_and_gradients or bf16_rounds or far_tails or side_by_side or threads"
+    in_test_learnt_mlp = "values_and_gradients or bf16_rounds or far_tails or side_by_side or threads or a_rollout"
     in_test_packed_planner = "is_the_formulas or are_the_formulas or the_same_to_the_bit"
     chosen = ["-k", f"{in_test_native} or {in_test_learnt_mlp} or {in_test_packed_planner}"]
     files = [str(Path(__file__).with_name(name)) for name in ("test_native.py", "test_learnt_mlp.py", "test_packed_planner.py")]

@@ -250,10 +250,10 @@ def test_networks_of_other_sizes_are_refused() -> None:
 
 def test_what_predicts_is_the_models_and_takes_over_its_weights() -> None:
     model = make_model()
-    packed, z, a = packed_planner.PackedBehaviour(model), torch.rand(2, 16), torch.rand(2, 2)
+    packed, z, a, obs = packed_planner.PackedBehaviour(model), torch.rand(2, 16), torch.rand(2, 2), torch.randn(2, 4)
 
     def results(behaviour: planner.Behaviour) -> tuple[Tensor, ...]:
-        return behaviour.next(z, a), behaviour.pi_mean(z)
+        return behaviour.next(z, a), behaviour.pi_mean(z), behaviour.encode(obs)
 
     before = results(packed)
     torch.testing.assert_close(before, results(model), rtol=1e-5, atol=1e-6)

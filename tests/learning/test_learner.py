@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -224,31 +223,42 @@ def test_compiled_updates_agree_with_eager_ones(name: str) -> None:
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("name", LEARNERS)
-def test_gradients_by_kernels_are_autograds(name: str) -> None:
-    """Adam hides their scale; so they are compared themselves, all of them."""
+@pytest.mark.parametrize("change", ["continued", "threads"])
+def test_updates_by_kernels_are_the_same_to_the_bit(change: str) -> None:
+    """As training runs: dropout, gradients and Adam by kernels, continued from a state or not, on one thread or several."""
+    found, threads = [], torch.get_num_threads()
+    for changed in (False, True):
+        learner = make_compiled_learner()
+        torch.set_num_threads(3 if changed and change == "threads" else 1)
+        try:
+            for number in range(4):
+                if changed and change == "continued" and number == 2:
+                    state = {name: value.clone() for name, value in learner.state_dict().items()}
+                    learner = make_compiled_learner()
+                    learner.load_state_dict(state, updates=2)
+                learner.update(make_batch(number))
+        finally:
+            torch.set_num_threads(threads)
+        assert isinstance(learner._gradients, KernelGradients) and learner._world_adam.by_kernel
+        found.append(learner.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@pytest.mark.compiler
+def test_a_learner_that_gives_up_kernels_goes_on_from_where_it_is() -> None:
+    eager, given_up = make_learner(), make_compiled_learner()
+    for number in range(2):
+        eager.update(make_batch(number))
+        given_up.update(make_batch(number))
+    given_up.compute_eagerly()
+    found, expected = given_up.update(make_batch(2)), eager.update(make_batch(2))
+    assert isinstance(given_up._gradients, AutogradGradients) and not given_up._world_adam.by_kernel
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def make_compiled_learner() -> Learner:
     assert native.built(), native.problem()
-    learner = LEARNERS[name]()
-    learner.update(make_batch()._replace(**fields_of(name)))  # heads are zero before it
-    batch, noise = make_batch(1)._replace(**fields_of(name)), learner.draw(HORIZON, SIZE)
-    learnt = {name: parameter for name, parameter in learner.model.named_parameters() if not name.startswith("q_target.")}
-
-    def found(kind: type[AutogradGradients] | type[KernelGradients]) -> Iterator[dict[str, Tensor | None]]:
-        gradients = kind(learner.model, learner._losses, learner._discounts, learner._runtime)
-        loss = gradients.world_model(batch, noise)
-        yield loss._asdict() | {name: parameter.grad for name, parameter in learnt.items()}
-        learner.model.zero_grad(set_to_none=True)
-        policy = gradients.policy(loss.latents, noise, learner.scale, batch)
-        yield policy._asdict() | {name: parameter.grad for name, parameter in learnt.items()}
-        learner.model.zero_grad(set_to_none=True)
-
-    for exact, ours in zip(found(AutogradGradients), found(KernelGradients), strict=True):
-        for part, value in exact.items():
-            mine = ours[part]
-            assert (mine is None) == (value is None), part
-            if mine is not None and value is not None:
-                assert not mine.requires_grad
-                torch.testing.assert_close(mine, value, rtol=1e-4, atol=1e-6 + 1e-5 * float(value.abs().max()), msg=part)
+    return Learner(make_model(num_q=3), LossSettings(0.97), LearnerSettings(), COMPILED, seed=0)
 
 
 @pytest.mark.compiler

@@ -50,7 +50,7 @@ def test_either_goes_on_from_the_others_state() -> None:
         adam, parameters = make_adam(first)
         give_gradients(parameters, 0)
         adam.clipped_step()
-        adam._by_kernel = not first
+        adam.by_kernel = not first
         give_gradients(parameters, 1)
         adam.clipped_step()
         assert [float(adam.state[parameter]["step"]) for parameter in parameters] == [2.0] * 3
@@ -89,11 +89,13 @@ def test_the_kernel_refuses_what_does_not_fit() -> None:
     assert native.built(), native.problem()
     adam, parameters = make_adam(True)
     give_gradients(parameters, 0)
-    parameters[0].grad = torch.zeros(130, 70).T
-    before = [parameter.clone() for parameter in parameters]
+    adam.clipped_step()
+    give_gradients(parameters, 1)
+    parameters[-1].grad = torch.zeros(7, 5, 2).T
+    before = [value.clone() for value in states(adam, parameters)]
     with pytest.raises(RuntimeError, match="side by side and of one shape"):
         adam.clipped_step()
-    assert all(torch.equal(parameter, value) for parameter, value in zip(parameters, before, strict=True))
+    assert all(torch.equal(value, former) for value, former in zip(states(adam, parameters), before, strict=True))
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1 - 2e-7, 1 - 4e-8, 1.0, 1 + 1e-6, 3.0, torch.inf, torch.nan])

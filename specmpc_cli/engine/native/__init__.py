@@ -1,7 +1,8 @@
-"""Kernels of our own for a CPU, in C++: the planner's functions in one call each (search.h), and what learns (learnt_mlp.h, bins.h).
+"""Kernels of our own for a CPU, in C++: the planner's functions in one call each (search.h), and what learns (learnt_mlp.h, losses.h,
+adam.h).
 
 They are built at their first use, in some 25 seconds of CPU time, for the machine that they run on, and kept beside the compiler's own
-cache. Where that cannot be done, the formulas that they stand for are computed instead (layers.py).
+cache. Where that cannot be done, the formulas that they stand for are computed instead (layers.py, losses.py).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def built() -> bool:
 
 
 def problem() -> str | None:
-    """In one line, what kept compiled code from our kernels; None where it has them, or never asked for them."""
+    """In one line, what keeps us from our kernels; None where they are, or were never asked for."""
     if not _load.cache_info().currsize or (reason := _load()) is None:
         return None
     return f"the kernels of the planner and of training could not be built, so they are somewhat slower: {reason}"

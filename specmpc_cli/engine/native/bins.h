@@ -30,14 +30,11 @@ class BinsRow {
   }
 
   // The expected scalar.
-  float expected() const {
-    const float mean = symlog();
-    return std::copysign(std::expm1(std::abs(mean)), mean);
-  }
+  float expected() const { return bins_.scalar(bin_); }
 
   // → its gradient, times `slope`.
   void expected_slope(float slope, float* to) const {
-    const float scale = slope * std::exp(std::abs(symlog())) * bins_.step / sum_, from = -half() - bin_;
+    const float scale = slope * std::exp(std::abs(bins_.symlog(bin_))) * bins_.step / sum_, from = -half() - bin_;
 #pragma omp simd
     for (int64_t j = 0; j < bins_.count; ++j) {
       to[j] = capped_exp(logits_[j] - most_) * scale * (static_cast<float>(static_cast<int32_t>(j)) + from);
@@ -61,7 +58,6 @@ class BinsRow {
   float most_, sum_, bin_;  // the greatest logit, the sum of exponentials beside it, and the expected bin, counted from the middle
 
   float half() const { return static_cast<float>(bins_.count - 1) / 2.0f; }
-  float symlog() const { return bins_.middle + bins_.step * bin_; }
 
   // A scalar's two nearest bins, and the share of the one above; not a number if the scalar is none.
   std::tuple<int64_t, int64_t, float> two_hot(float x) const {

@@ -34,15 +34,17 @@ class Fp32Product {
   // weight: rows of in_ inputs, `step` apart. Within a panel, an input's weights for all outputs lie side by side.
   void pack(const float* weight, int64_t step, int64_t panel, float* packed) const {
     const int64_t first = panel * kOutputs, width = right_width(out_, panel), real = std::min(width, out_ - first);
-    float* to = packed + first * in_;
-    for (int64_t from = 0; from < in_; from += kLine) {  // line by line of each output: what is written meanwhile stays in the first cache
-      const int64_t end = std::min(from + kLine, in_);
-      for (int64_t j = 0; j < real; ++j) {
-        const float* output = weight + (first + j) * step;
-        for (int64_t k = from; k < end; ++k) to[k * width + j] = output[k];
+    for (int64_t from = 0; from < in_; from += kBlock) {
+      const int64_t inputs = std::min(kBlock, in_ - from);
+      for (int64_t lane = 0; lane < width; lane += kBlock) {
+        const int64_t outputs = std::min(kBlock, width - lane);
+        alignas(64) FourBytes block[kBlock][kBlock] = {};
+        for (int64_t j = 0; j < std::min(outputs, real - lane); ++j) copy(weight + (first + lane + j) * step + from, inputs, block[j]);
+        transpose(block);
+        float* to = packed + first * in_ + from * width + lane;
+        for (int64_t k = 0; k < inputs; ++k) copy(block[k], outputs, to + k * width);
       }
     }
-    for (int64_t k = 0; k < in_; ++k) std::fill(to + k * width + real, to + (k + 1) * width, 0.0f);
   }
 
   // `count` rows, `step` apart, of all inputs but the first `skipped` → sums [count, padded_outputs()].
@@ -118,10 +120,19 @@ class Fp32Product {
   }
 
  private:
-  static constexpr int64_t kDepth = 512, kLine = 16;
+  static constexpr int64_t kDepth = 512;
   typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
 
   int64_t in_, out_;
+
+  // Up to kBlock values.
+  static void copy(const void* from, int64_t count, void* to) {
+    if (count == kBlock) {
+      std::memcpy(to, from, kBlock * sizeof(float));
+    } else {
+      std::memcpy(to, from, count * sizeof(float));
+    }
+  }
 
   // A tile of up to kRows rows and V vectors of outputs; `at` has a row's input. → sums, rows `step` apart.
   template <int V, int R = kRows, typename At>

@@ -64,6 +64,7 @@ struct LearntCall {
       const int64_t all = groups() * rows() * dims[1];
       const bool fits = std::is_sorted(begin, end) && (begin == end || (*begin >= 0 && end[-1] <= all));
       TORCH_CHECK(fits, "mlp: what is dropped comes in rising order, from 0 to at most ", all);
+      TORCH_CHECK(weights.size() > 1 || ends_in != kPlain, "mlp: dropout is for a layer with a norm");
       TORCH_CHECK(dropout >= 0.0 && dropout < 1.0, "mlp: not all features can be dropped");
       inputs.dropout.emplace(Dropout{zeros, rows(), dims[1], static_cast<float>(1.0 / (1.0 - dropout))});
     }
@@ -89,8 +90,9 @@ void with_sizes(bool bf16, at::IntArrayRef dims, int64_t rows, int64_t groups, i
 }
 
 // Inputs, side by side in `parts`, through layers with LayerNorm and Mish; `ends_in`: how the last one ends (learnt_sizes.h). `dropped`:
-// features of the first layer that are zero before its norm, in rising order, counted through [G, N, D], with a chance of `dropout`. `bf16`: products and features are. `keep`: nothing (0), what gradients of inputs need (1), or
-// those of weights and vectors, too (2). → y [N, out] or [G, N, out], fp32, and what is kept.
+// features of the first layer that are zero before its norm, in rising order, counted through [G, N, D], with a chance of `dropout`.
+// `bf16`: products and features are. `keep`: nothing (0), what gradients of inputs need (1), or those of weights and vectors, too (2).
+// → y [N, out] or [G, N, out], fp32, and what is kept.
 inline std::tuple<at::Tensor, at::Tensor> mlp(
     at::TensorList parts,
     at::TensorList weights,
@@ -133,13 +135,13 @@ inline std::vector<at::Tensor> mlp_backward(
   const bool same = grad.sizes() == y.sizes() && y.sizes() == at::IntArrayRef(call.results()) && wanted.size() == parts.size();
   TORCH_CHECK(floats && same && kept.is_contiguous(), "mlp_backward: gradients of another call");
   std::vector<at::Tensor> gradients;
-  const auto like = [&gradients](const at::Tensor& given) { return gradients.emplace_back(at::empty(given.sizes(), given.options())); };
+  const auto another = [&gradients](const at::Tensor& of) { return gradients.emplace_back(at::empty(of.sizes(), of.options())); };
   for (size_t part = 0; part < parts.size(); ++part) {
-    if (wanted[part]) call.inputs.parts[part].gradient.emplace(like(parts[part]));
+    if (wanted[part]) call.inputs.parts[part].gradient.emplace(another(parts[part]));
   }
   std::vector<at::Tensor> of_weights, of_vectors;
-  for (size_t l = 0; keep == 2 && l < weights.size(); ++l) of_weights.push_back(like(weights[l]));
-  for (size_t v = 0; keep == 2 && v < vectors.size(); ++v) of_vectors.push_back(like(vectors[v]));
+  for (size_t l = 0; keep == 2 && l < weights.size(); ++l) of_weights.push_back(another(weights[l]));
+  for (size_t v = 0; keep == 2 && v < vectors.size(); ++v) of_vectors.push_back(another(vectors[v]));
   with_sizes(bf16, call.dims, call.rows(), call.groups(), ends_in, keep, [&](const auto& sizes) {
     TORCH_CHECK(kept.numel() == sizes.kept_bytes, "mlp_backward: gradients of another call");
     const LearntMlp mlp(sizes, call.inputs, kept.mutable_data_ptr<uint8_t>());

@@ -73,7 +73,12 @@ class LearntMlp {
   using Sizes = LearntSizes<Product>;
 
   LearntMlp(const Sizes& sizes, const LearntInputs& inputs, uint8_t* kept)
-      : sizes_(sizes), parts_(inputs.parts), given_(inputs.given), dropout_(inputs.dropout), kept_(kept), wanted_(wanted_columns(inputs.parts)) {}
+      : sizes_(sizes),
+        parts_(inputs.parts),
+        given_(inputs.given),
+        dropout_(inputs.dropout),
+        kept_(kept),
+        wanted_(wanted_columns(inputs.parts)) {}
 
   // `packed` is packed_forth's, of these weights → y [G, N, out], and what is kept.
   void forward(const at::Tensor& packed, const Rows& y) const {

@@ -27,7 +27,7 @@ class Values {
   at::Tensor values_;
 };
 
-inline at::Tensor like(const at::Tensor& given) { return at::empty(given.sizes(), given.options()); }
+inline at::Tensor empty_like(const at::Tensor& given) { return at::empty(given.sizes(), given.options()); }
 
 // Each step of a rollout weighs `rho` times the one before it.
 inline std::vector<double> step_weights(double rho, int64_t steps) {
@@ -50,7 +50,53 @@ inline at::Tensor decode(const at::Tensor& logits, double low, double high) {
   return values;
 }
 
-// As losses.loss_of_rollout: z [H+1, B, Z], seen [H, B, Z], and of all N = H·B logits of rewards [N, bins], of E heads [E, N, bins] and, if
+// The coefficients of the losses.
+struct Coefs {
+  double consistency, reward, value, termination;
+};
+
+// What each row of a rollout is compared with, and how much it weighs.
+struct RolloutLosses {
+  const Bins& bins;
+  Coefs coefs;
+  int64_t dim, heads, rows;
+
+  // A latent and what was seen there → its share of the loss, and its gradient.
+  double consistency(const float* made, const float* seen, double weight, float* slope) const {
+    const float scale = coefs.consistency * weight / dim * 2.0;
+    float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t j = 0; j < dim; ++j) {
+      const float distance = made[j] - seen[j];
+      squares += distance * distance;
+      slope[j] = scale * distance;
+    }
+    return squares * weight / dim;
+  }
+
+  double reward(const float* logits, float truth, double weight, float* slope) const {
+    return BinsRow(logits, bins).two_hot_loss(truth, coefs.reward * weight, slope) * weight;
+  }
+
+  // `logits` and `slope` are of the first head; those of the others follow, of as many rows each.
+  double value(const float* logits, float truth, double weight, float* slope) const {
+    double loss = 0.0;
+    for (int64_t head = 0; head < heads; ++head) {
+      const int64_t first = head * rows * bins.count;
+      loss += BinsRow(logits + first, bins).two_hot_loss(truth, coefs.value * weight / heads, slope + first);
+    }
+    return loss * weight / heads;
+  }
+
+  // Binary cross-entropy, in which all steps weigh the same.
+  double termination(float logit, float truth, float* slope) const {
+    const float e = std::exp(-std::abs(logit));
+    *slope = coefs.termination / rows * ((logit < 0.0f ? e : 1.0f) / (1.0f + e) - truth);
+    return (std::max(logit, 0.0f) - logit * truth + std::log1p(e)) / rows;
+  }
+};
+
+// As losses.world_model_loss: z [H+1, B, Z], seen [H, B, Z], and of all N = H·B logits of rewards [N, bins], of E heads [E, N, bins] and, if
 // there are some, of terminations [N], with the reward, the TD target and whether the episode terminated. `coefs`: of consistency, reward,
 // value and termination. → the total and these four losses [5], and the gradients of z and the logits.
 inline std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::optional<at::Tensor>> rollout_loss(
@@ -69,47 +115,30 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, std::optional<
   TORCH_CHECK(z.dim() == 3 && z.size(0) > 1 && coefs.size() == 4, "losses: z is [H+1, B, Z], and has four coefficients");
   const int64_t steps = z.size(0) - 1, size = z.size(1), dim = z.size(2), heads = q_logits.size(0), rows = steps * size;
   const Bins bins(q_logits.size(-1), low, high);
+  const RolloutLosses of{bins, {coefs[0], coefs[1], coefs[2], coefs[3]}, dim, heads, rows};
   const Values latents(z, (steps + 1) * size * dim, "z"), wanted(seen, rows * dim, "seen");
   const Values of_rewards(reward_logits, rows * bins.count, "reward logits"), of_values(q_logits, heads * rows * bins.count, "q logits");
   const Values rewards(reward, rows, "rewards"), targets(target, rows, "targets"), ends(terminated, rows, "terminations");
-  const at::Tensor z_grad = at::zeros(z.sizes(), z.options()), reward_grad = like(reward_logits), q_grad = like(q_logits);
+  const at::Tensor z_grad = at::zeros(z.sizes(), z.options()), reward_grad = empty_like(reward_logits), q_grad = empty_like(q_logits);
   std::optional<Values> of_ends;
   std::optional<at::Tensor> ended_grad;
   if (ended_logits) {
     of_ends.emplace(*ended_logits, rows, "termination logits");
-    ended_grad = like(*ended_logits);
+    ended_grad = empty_like(*ended_logits);
   }
   float *to_z = z_grad.mutable_data_ptr<float>(), *to_reward = reward_grad.mutable_data_ptr<float>();
   float *to_q = q_grad.mutable_data_ptr<float>(), *to_end = ended_grad ? ended_grad->mutable_data_ptr<float>() : nullptr;
   const std::vector<double> weights = step_weights(rho, steps);
-  const auto [consistency, of_reward, of_value, of_end] = std::tuple(coefs[0], coefs[1], coefs[2], coefs[3]);
   std::vector<std::array<double, 4>> losses(rows);  // each row's share of the four means
   at::parallel_for(0, rows, kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const double weight = weights[row / size] / rows;
-      const float *made = latents.at((row + size) * dim), *saw = wanted.at(row * dim);
-      float *slope = to_z + (row + size) * dim, squares = 0.0f;
-      const float scale = consistency * weight / dim * 2.0;
-#pragma omp simd reduction(+ : squares)
-      for (int64_t j = 0; j < dim; ++j) {
-        const float distance = made[j] - saw[j];
-        squares += distance * distance;
-        slope[j] = scale * distance;
-      }
-      const BinsRow rewarded(of_rewards.at(row * bins.count), bins);
-      const float surprise = rewarded.two_hot_loss(*rewards.at(row), of_reward * weight, to_reward + row * bins.count);
-      double value = 0.0;
-      for (int64_t head = 0; head < heads; ++head) {
-        const int64_t first = (head * rows + row) * bins.count;
-        value += BinsRow(of_values.at(first), bins).two_hot_loss(*targets.at(row), of_value * weight / heads, to_q + first);
-      }
-      double ending = 0.0;
-      if (of_ends) {  // binary cross-entropy, which no step weighs more in
-        const float logit = *of_ends->at(row), truth = *ends.at(row), e = std::exp(-std::abs(logit));
-        ending = std::max(logit, 0.0f) - logit * truth + std::log1p(e);
-        to_end[row] = of_end / rows * ((logit < 0.0f ? e : 1.0f) / (1.0f + e) - truth);
-      }
-      losses[row] = {squares * weight / dim, surprise * weight, value * weight / heads, ending / rows};
+      const int64_t next = (row + size) * dim, logits = row * bins.count;
+      losses[row] = {
+          of.consistency(latents.at(next), wanted.at(row * dim), weight, to_z + next),
+          of.reward(of_rewards.at(logits), *rewards.at(row), weight, to_reward + logits),
+          of.value(of_values.at(logits), *targets.at(row), weight, to_q + logits),
+          of_ends ? of.termination(*of_ends->at(row), *ends.at(row), to_end + row) : 0.0};
     }
   });
   const at::Tensor all = at::zeros({5}, z.options());

@@ -14,9 +14,8 @@ TORCH_LIBRARY(specmpc, m) {
       "fused_mlp(Tensor x, Tensor? shared, Tensor packed, Tensor vectors, int[] dims, int softmax_size, int apart, float[]? range,"
       " Tensor? heads) -> Tensor");
   m.def(
-      "mlp(Tensor[] parts, Tensor[] weights, Tensor[] vectors, Tensor? heads, Tensor? dropped, float dropout, int ends_in,"
-      " bool bf16, int keep)"
-      " -> (Tensor, Tensor)");
+      "mlp(Tensor[] parts, Tensor[] weights, Tensor[] vectors, Tensor? heads, Tensor? dropped, float dropout, int ends_in, bool bf16,"
+      " int keep) -> (Tensor, Tensor)");
   m.def(
       "mlp_backward(Tensor grad, Tensor y, Tensor kept, Tensor[] parts, Tensor[] weights, Tensor[] vectors, Tensor? heads,"
       " Tensor? dropped, float dropout, int ends_in, bool bf16, int keep, bool[] wanted) -> Tensor[]");

@@ -50,7 +50,8 @@ struct PolicyDraws {
 inline std::tuple<at::Tensor, at::Tensor, at::Tensor> draw_policy(
     const at::Tensor& features, const at::Tensor& eps, const std::optional<at::Tensor>& masks, double low, double high) {
   const PolicyDraws draws(features, eps, masks, low, high);
-  const at::Tensor action = like(eps), entropy = at::empty(eps.sizes().slice(0, eps.dim() - 1), eps.options()), scaled = like(entropy);
+  const at::Tensor entropy = at::empty(eps.sizes().slice(0, eps.dim() - 1), eps.options());
+  const at::Tensor action = empty_like(eps), scaled = empty_like(entropy);
   float *actions = action.mutable_data_ptr<float>(), *entropies = entropy.mutable_data_ptr<float>();
   float* all_scaled = scaled.mutable_data_ptr<float>();
   const float constant = 0.5 * std::log(2.0 * std::numbers::pi);
@@ -81,8 +82,9 @@ inline at::Tensor draw_policy_backward(
     double low,
     double high) {
   const PolicyDraws draws(features, eps, masks, low, high);
-  const Values action_slopes(of_action, eps.numel(), "gradients of actions"), scaled_slopes(of_scaled, draws.rows, "gradients of entropies");
-  const at::Tensor gradient = like(features);
+  const Values action_slopes(of_action, eps.numel(), "gradients of actions");
+  const Values scaled_slopes(of_scaled, draws.rows, "gradients of entropies");
+  const at::Tensor gradient = empty_like(features);
   float* to = gradient.mutable_data_ptr<float>();
   at::parallel_for(0, draws.rows, kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
@@ -110,7 +112,7 @@ inline float percentile_range(std::vector<float> values) {
   return percentile(0.95) - percentile(0.05);
 }
 
-// As losses.loss_of_draw, but for demonstrations: logits [G, N, bins] and scaled entropies [H+1, B] of N draws → the total, the running
+// As losses.policy_loss, but for demonstrations: logits [G, N, bins] and scaled entropies [H+1, B] of N draws → the total, the running
 // scale, and the gradients of logits and scaled entropies.
 inline std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> draw_loss(
     const at::Tensor& logits,
@@ -136,7 +138,7 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> draw_loss(
   const float range = percentile_range({values.begin(), values.begin() + size}), least = range < 1.0f ? 1.0f : range;
   const float now = *before.at(0) + static_cast<float>(tau) * (least - *before.at(0));
   const std::vector<double> weights = step_weights(rho, steps);
-  const at::Tensor of_logits = like(logits), of_entropy = like(scaled_entropy);
+  const at::Tensor of_logits = empty_like(logits), of_entropy = empty_like(scaled_entropy);
   float *to = of_logits.mutable_data_ptr<float>(), *to_entropy = of_entropy.mutable_data_ptr<float>();
   at::parallel_for(0, rows, kRowGrain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {

@@ -114,9 +114,12 @@ struct Bins {
   // The expected scalar of one row of logits, to which `shift` is added; they are overwritten.
   template <bool kRough>
   float expected(float* logits, const float* shift) const {
-    const float mean = middle + step * from_middle<kRough>(logits, shift);
-    return std::copysign(std::expm1(std::abs(mean)), mean);
+    return scalar(from_middle<kRough>(logits, shift));
   }
+
+  // What a bin, counted from the middle, stands for: in symlog space, and as it is.
+  float symlog(float bin) const { return middle + step * bin; }
+  float scalar(float bin) const { return std::copysign(std::expm1(std::abs(symlog(bin))), symlog(bin)); }
 
  private:
   // The expected bin.
