@@ -25,7 +25,8 @@ def host_draws(s: PlannerSettings, action_dim: int, num_q: int, streams: Tensor,
         _host_row(s, action_dim, num_q, np.random.Generator(np.random.Philox(key=[stream, step])))
         for stream, step in zip(streams.tolist(), steps.tolist(), strict=True)
     ]
-    return PlannerNoise(*(torch.from_numpy(np.stack(draws)) for draws in zip(*rows, strict=True)))
+    # One row is not copied.
+    return PlannerNoise(*(torch.from_numpy(draws[0][None] if len(rows) == 1 else np.stack(draws)) for draws in zip(*rows, strict=True)))
 
 
 def _host_row(s: PlannerSettings, action_dim: int, num_q: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
