@@ -183,7 +183,7 @@ def bench(
     out.note(f"{describe(runtime)} · both paths take turns in this process; anything else that runs here disturbs the figures")
 
     def preparing(size: int) -> None:
-        compiling = "; the first time on a machine this compiles, about two minutes" if runtime.prepares else ""
+        compiling = "; the first time on a machine this compiles, half a minute to two" if runtime.prepares else ""
         out.note(f"{size} M: preparing{compiling}")
 
     def finished(row: dict[str, Any]) -> None:

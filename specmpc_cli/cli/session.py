@@ -128,18 +128,18 @@ def prepare_training(out: Output, trainer: "Trainer") -> None:
     for note in trainer.notes:
         out.note(f"note: {note}")
     if trainer.runtime.prepares:
-        _prepare(out, "planner and losses", "two minutes", trainer.prepare)
+        _prepare(out, "planner and losses", "half a minute to two", trainer.prepare)
 
 
 def prepare_acting(out: Output, bench: "Workbench", ways: "Iterable[Way]", rows: int) -> None:
     """Makes the first plans of up to `rows` rows, and the first step of each corrector in `ways`, which compiles them, and says so."""
     if bench.runtime.prepares and not bench.warm:
-        _prepare(out, "the planner", "a minute", lambda: bench.warm_up(ways, rows))
+        _prepare(out, "the planner", "about a minute", lambda: bench.warm_up(ways, rows))
 
 
 def _prepare(out: Output, what: str, duration: str, prepare: Callable[[], str | None]) -> None:
     """Runs a preparation that compiles, and says what it is, how long it took, and what went wrong, if anything."""
-    out.note(f"preparing {what}; the first time on a machine this compiles, about {duration}")
+    out.note(f"preparing {what}; the first time on a machine this compiles, {duration}")
     started = time.perf_counter()
     problem = prepare()
     if problem:

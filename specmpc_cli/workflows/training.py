@@ -121,7 +121,7 @@ class Trainer:
             )
 
     def prepare(self) -> str | None:
-        """Makes one plan of each kind and computes the losses once, which compiles what will be compiled.
+        """Makes one plan of each kind and computes the losses once, which builds or compiles what they need.
 
         Returns:
             What went wrong, if compiling failed on this machine: everything is eager from then on, or lacks a kernel.
