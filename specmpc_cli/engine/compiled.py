@@ -16,7 +16,7 @@ from torch._inductor import config as inductor
 
 from specmpc_cli.engine import packed_planner, planner
 from specmpc_cli.engine.captured import CapturedCall
-from specmpc_cli.engine.draws import Draws, block_numbers, device_draws, draws_from, host_draws
+from specmpc_cli.engine.draws import Draws, block_numbers, device_draws, draws_from, host_draws, kernel_draws
 from specmpc_cli.engine.gate import GateLimits
 from specmpc_cli.engine.planner import EAGER, Behaviour, Dynamics, Kernels, PlannerNoise, PlannerSettings, Rollouts, Search
 from specmpc_cli.engine.rows import row_by_row
@@ -124,7 +124,7 @@ def kernels_for(runtime: Runtime) -> Kernels:
 def draws_for(runtime: Runtime) -> Draws:
     """Where this device's planners draw: on the host for a CPU, on the device, in two kernels if compiled, for CUDA."""
     if runtime.device.type != "cuda":
-        return host_draws
+        return kernel_draws if runtime.compiled else host_draws
     return compiled_draws() if runtime.compiled else device_draws
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from specmpc_cli.engine import native
 from specmpc_cli.engine.compiled import compiled_draws
-from specmpc_cli.engine.draws import Draws, device_draws, host_draws, philox4x32
+from specmpc_cli.engine.draws import Draws, _by_kernel, device_draws, host_draws, kernel_draws, philox4x32
 from specmpc_cli.engine.planner import PlannerNoise, PlannerSettings
 
 SETTINGS = PlannerSettings(discount=0.99)
@@ -106,3 +108,31 @@ def test_compiled_draws_on_a_gpu_are_those_of_a_cpu() -> None:
     on_cpu = some(device_draws, [7, 2**62 + 6], [11, 0])
     for name in FIELDS:
         torch.testing.assert_close(getattr(on_gpu, name).cpu(), getattr(on_cpu, name), rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize(("num_samples", "num_elites", "action_dim"), [(512, 64, 6), (33, 7, 1), (25, 5, 3)])
+def test_a_kernel_draws_what_numpy_does(num_samples: int, num_elites: int, action_dim: int) -> None:
+    """To the last bit, and so do the generators that go on behind it: of odd numbers of words, too."""
+    assert native.built(), native.problem()
+    settings = PlannerSettings(discount=0.99, num_samples=num_samples, num_elites=num_elites)
+    keys = torch.arange(40)
+    streams = torch.cat([keys[:20], 2**63 - 1 - keys[:20] * 0x9E3779B97F4A7C])
+    expected, found = (draws(settings, action_dim, 5, streams, keys * 977) for draws in (host_draws, kernel_draws))
+    for field in FIELDS:
+        assert torch.equal(getattr(expected, field), getattr(found, field)), field
+
+
+@pytest.mark.compiler
+def test_numpy_goes_on_wherever_a_kernel_stops() -> None:
+    assert native.built(), native.problem()
+    for count in (1, 2, 7, 8, 9, 511, 512, 513, 4096):
+        whole = np.random.Generator(np.random.Philox(key=[3, 4])).standard_normal(count + 50, dtype=np.float32)
+        drawn, rng = _by_kernel(3, 4, count)
+        assert np.array_equal(whole, np.concatenate([drawn, rng.standard_normal(50, dtype=np.float32)]))
+
+
+def test_without_kernels_numpy_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "built", lambda: False)
+    expected, found = some(host_draws, [1, 2], [3, 4]), some(kernel_draws, [1, 2], [3, 4])
+    assert all(torch.equal(getattr(expected, field), getattr(found, field)) for field in FIELDS)

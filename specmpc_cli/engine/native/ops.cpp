@@ -1,6 +1,7 @@
 // The operators of a CPU: the planner's, and what learns, with gradients (engine/native/__init__.py builds and loads them).
 
 #include "adam.h"
+#include "draws.h"
 #include "fused_mlp.h"
 #include "learnt_rollout.h"
 #include "policy_loss.h"
@@ -46,6 +47,7 @@ TORCH_LIBRARY(specmpc, m) {
   m.def(
       "clipped_adam(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] means, Tensor(c!)[] squares, Tensor(d!)[] steps,"
       " float[] lrs, float beta1, float beta2, float eps, float max_norm) -> Tensor");
+  m.def("draw_normals(int stream, int step, int count) -> (Tensor, Tensor)", specmpc::draw_normals);
   m.def("multiplies_bf16() -> bool", specmpc::Bf16Product::fast);
   m.def("multiplies_int8() -> bool", specmpc::Int8Product::fast);
 }
