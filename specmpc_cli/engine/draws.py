@@ -19,8 +19,6 @@ from specmpc_cli.engine.planner import PlannerNoise, PlannerSettings
 
 # (settings, action_dim, num_q, streams [B], steps [B]) → the draws of B rows
 Draws = Callable[[PlannerSettings, int, int, Tensor, Tensor], PlannerNoise]
-
-
 # (stream, step, count) → so many normal draws, and the generator that goes on from there
 _Normals = Callable[[int, int, int], tuple[np.ndarray, np.random.Generator]]
 

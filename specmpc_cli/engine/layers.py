@@ -8,7 +8,7 @@ unless they are rounded to 8 bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -138,10 +138,15 @@ class Stack(nn.ModuleList):
 
     def values(self) -> tuple[list[Tensor], list[Tensor]]:
         """All weights, and the vectors that come after the products, without gradients."""
-        layers = cast(list[Affine], list(self))
-        assert all(layer.weight.shape[-2] == layer.out_dim for layer in layers), "padded weights are a GPU's"
-        vectors = [vector.detach() for layer in layers for vector in layer.vectors()]
-        return [layer.weight.detach() for layer in layers], vectors
+        weights, vectors = weights_and_vectors(self)
+        return [weight.detach() for weight in weights], [vector.detach() for vector in vectors]
+
+
+def weights_and_vectors(layers: Iterable[nn.Module]) -> tuple[list[Tensor], list[Tensor]]:
+    """All weights, and the vectors that come after the products, as our kernels take them."""
+    affine = cast(list[Affine], list(layers))
+    assert all(layer.weight.shape[-2] == layer.out_dim for layer in affine), "padded weights are a GPU's"
+    return [layer.weight for layer in affine], [vector for layer in affine for vector in layer.vectors()]
 
 
 class Mlp(Stack):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from specmpc_cli.engine import native
 from specmpc_cli.engine.compiled import compiled
-from specmpc_cli.engine.layers import Affine
+from specmpc_cli.engine.layers import weights_and_vectors
 from specmpc_cli.engine.native.learnt_mlp import MISH, Keep, LearntCall, LearntMlp, LearntRollout
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.learning.losses import (
@@ -106,9 +106,7 @@ class KernelGradients:
         self._coefs = (s.consistency_coef, s.reward_coef, s.value_coef, s.termination_coef)
 
         def learnt(layers: Iterable[nn.Module], ends_in: int, dtype: torch.dtype = runtime.dtype) -> LearntMlp:
-            affine = [cast(Affine, layer) for layer in layers]
-            vectors = [vector for layer in affine for vector in layer.vectors()]
-            return LearntMlp([layer.weight for layer in affine], vectors, ends_in, bf16=dtype is torch.bfloat16)
+            return LearntMlp(*weights_and_vectors(layers), ends_in, bf16=dtype is torch.bfloat16)
 
         first, *others = model.encoder
         self._sensors = learnt([first], MISH, torch.float32)  # as in WorldModel.encode

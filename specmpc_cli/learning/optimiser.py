@@ -40,13 +40,12 @@ class ClippedAdam(torch.optim.Adam):
 
     def begin(self) -> None:
         """Moments of zero, as before the first step."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device if group["capturable"] else "cpu"),
-                    "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-                    "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-                }
+        for parameter in self._parameters:
+            self.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device if self.defaults["capturable"] else "cpu"),
+                "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+            }
 
     @torch.no_grad()
     def _kernels_step(self) -> Tensor:

@@ -135,7 +135,7 @@ inline std::vector<at::Tensor> mlp_backward(
   const bool same = grad.sizes() == y.sizes() && y.sizes() == at::IntArrayRef(call.results()) && wanted.size() == parts.size();
   TORCH_CHECK(floats && same && kept.is_contiguous(), "mlp_backward: gradients of another call");
   std::vector<at::Tensor> gradients;
-  const auto another = [&gradients](const at::Tensor& of) { return gradients.emplace_back(at::empty(of.sizes(), of.options())); };
+  const auto another = [&gradients](const at::Tensor& of) { return gradients.emplace_back(empty_like(of)); };
   for (size_t part = 0; part < parts.size(); ++part) {
     if (wanted[part]) call.inputs.parts[part].gradient.emplace(another(parts[part]));
   }

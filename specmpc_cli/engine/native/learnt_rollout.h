@@ -44,7 +44,6 @@ inline std::tuple<at::Tensor, at::Tensor> mlp_rollout(
   for (int64_t t = 0; t < rollout.steps(); ++t) {
     const LearntCall call = rollout.step(t);
     with_sizes(bf16, call.dims, call.rows(), 1, ends_in, kKeepAll, [&](const auto& sizes) {
-      constexpr int64_t kLine = 64;
       if (t == 0) kept = at::empty({rollout.steps(), round_up(sizes.kept_bytes, kLine)}, z.options().dtype(at::kByte));
       const LearntMlp mlp(sizes, call.inputs, kept.mutable_data_ptr<uint8_t>() + t * kept.size(1));
       if (t == 0) packed = mlp.packed_forth();
@@ -70,9 +69,9 @@ inline std::vector<at::Tensor> mlp_rollout_backward(
   const bool same = of_latents.sizes() == latents.sizes() && of_latents.scalar_type() == at::kFloat && of_latents.is_contiguous();
   TORCH_CHECK(same && latents.size(0) == rollout.steps() + 1, "mlp_rollout_backward: gradients of another call");
   std::vector<at::Tensor> of_weights, of_vectors, gradients;
-  for (const at::Tensor& weight : weights) gradients.push_back(of_weights.emplace_back(at::empty(weight.sizes(), weight.options())));
-  for (const at::Tensor& vector : vectors) gradients.push_back(of_vectors.emplace_back(at::empty(vector.sizes(), vector.options())));
-  if (beside) gradients.push_back(at::empty(beside->sizes(), beside->options()));
+  for (const at::Tensor& weight : weights) gradients.push_back(of_weights.emplace_back(empty_like(weight)));
+  for (const at::Tensor& vector : vectors) gradients.push_back(of_vectors.emplace_back(empty_like(vector)));
+  if (beside) gradients.push_back(empty_like(*beside));
   at::Tensor packed;
   for (int64_t t = rollout.steps(); t-- > 0;) {
     const bool later = t + 1 < rollout.steps();

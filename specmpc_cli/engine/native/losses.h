@@ -27,8 +27,6 @@ class Values {
   at::Tensor values_;
 };
 
-inline at::Tensor empty_like(const at::Tensor& given) { return at::empty(given.sizes(), given.options()); }
-
 // Each step of a rollout weighs `rho` times the one before it.
 inline std::vector<double> step_weights(double rho, int64_t steps) {
   std::vector<double> weights{1.0};

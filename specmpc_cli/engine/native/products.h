@@ -27,7 +27,6 @@ template <typename T>
 class Scratch {
  public:
   T* at_least(int64_t size) {
-    constexpr size_t kLine = 64;
     if (static_cast<int64_t>(held_.size()) < size + static_cast<int64_t>(kLine / sizeof(T))) held_.resize(size + kLine / sizeof(T));
     return held_.data() + (-reinterpret_cast<uintptr_t>(held_.data()) & (kLine - 1)) / sizeof(T);
   }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <bit>
@@ -23,6 +24,7 @@ namespace specmpc {
 
 constexpr float kEps = 1e-5f;
 constexpr int64_t kGrain = 8192;  // elements that are worth a thread
+constexpr int64_t kLine = 64;  // bytes of a cache line
 
 inline float to_float(float x) { return x; }
 inline float to_float(at::BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.x) << 16); }
@@ -182,6 +184,8 @@ struct Rows {
   int64_t group_step_;
   void* data_;
 };
+
+inline at::Tensor empty_like(const at::Tensor& given) { return at::empty(given.sizes(), given.options()); }
 
 // Units begin to end, of `count` in each group, as runs within a group: calls with the group, its first unit and how many.
 template <typename Function>
