@@ -4,6 +4,8 @@
 
 #include "search.h"
 
+#include <ATen/ops/topk.h>
+
 #include <tuple>
 
 namespace specmpc {
@@ -85,19 +87,18 @@ struct Found {
   float *mean, *std, *elites, *scores, *elite_values;  // [H, A] twice, [K, H, A], [K] twice
 };
 
-inline void refit(
-    const float* actions, const float* values, int64_t candidates, int64_t length, const Weighing& how, const Found& found) {
-  std::vector<int64_t> order(candidates);
-  std::iota(order.begin(), order.end(), 0);
-  std::partial_sort(order.begin(), order.begin() + how.num_elites, order.end(), [values](int64_t a, int64_t b) {
-    return values[a] != values[b] ? values[a] > values[b] : a < b;
-  });
-  float *mean = found.mean, *spread = found.std, *elites = found.elites, *scores = found.scores, *elite_values = found.elite_values;
+// `values` [N] are those of actions [N, H, A].
+inline void refit(const float* actions, const at::Tensor& values, int64_t length, const Weighing& how, const Found& found) {
+  // By torch's own function: where values are equal, as those of an ended episode may be, the elites are those of the official code, too.
+  const auto [best, order] = at::topk(values, how.num_elites);
+  const float* best_values = best.const_data_ptr<float>();
+  const int64_t* index = order.const_data_ptr<int64_t>();
+  float *mean = found.mean, *spread = found.std, *elites = found.elites, *scores = found.scores;
+  std::copy_n(best_values, how.num_elites, found.elite_values);
   float sum = 0.0f, total = 1e-9f;
   for (int64_t k = 0; k < how.num_elites; ++k) {
-    std::copy_n(actions + order[k] * length, length, elites + k * length);
-    elite_values[k] = values[order[k]];
-    scores[k] = std::exp(how.temperature * (elite_values[k] - elite_values[0]));
+    std::copy_n(actions + index[k] * length, length, elites + k * length);
+    scores[k] = std::exp(how.temperature * (best_values[k] - best_values[0]));
     sum += scores[k];
   }
   std::fill_n(mean, length, 0.0f);
@@ -175,7 +176,7 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at
           .values = values.to(p)};
       value(nets, candidates, discount);
       const Found found{new_mean.to(p), new_std.to(p), elites.to(p), scores.to(p), elite_values.to(p)};
-      refit(actions.data(), values.of(p), total, length, how, found);
+      refit(actions.data(), values.tensor[p], length, how, found);
     }
   });
   return {new_mean.tensor, new_std.tensor, elites.tensor, scores.tensor, elite_values.tensor, values.tensor};
