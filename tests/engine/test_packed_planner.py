@@ -199,7 +199,7 @@ def test_weights_that_are_no_numbers_make_no_values(dtype: torch.dtype) -> None:
 
 
 def test_among_equal_values_the_elites_are_those_of_torch() -> None:
-    """Values are equal where episodes end: actions after the end differ, and which of them are elites is torch's choice in the official code."""
+    """Equal values are no rarity where episodes end, and the official code leaves it to torch which of them are elites."""
     given = planned("episodes that end")
     packed = given.model.q.layers.packed
     assert packed is not None
