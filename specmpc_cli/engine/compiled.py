@@ -64,25 +64,6 @@ def compiled_kernels() -> Kernels:
     return Kernels(prior_rollouts, iterate, select, packed=True)
 
 
-@cache
-def compiled_judge() -> Judge:
-    """The judgement of one row, compiled for each corrector's architecture; without a corrector there is too little to gain.
-
-    One row is a controller's step, where a hundred small operations cost more than the arithmetic.
-    """
-    with_corrector = compiled(judge)
-
-    @torch.inference_mode()
-    def judge_row(model: Behaviour, corrector: Corrector | None, metric: str, limits: GateLimits, *seen: Tensor) -> Judgement:
-        if corrector is None:
-            return judge(model, corrector, metric, limits, *seen)
-        # To the compiler, tensors made outside inference mode are of another kind, and every mixture of the two would be compiled anew.
-        alike = [value if value.is_inference() else value.clone() for value in seen]
-        return with_corrector(model, corrector, metric, limits, *alike)
-
-    return judge_row
-
-
 def captured_judge() -> Judge:
     """The judgement of all rows as one CUDA graph for each number of rows: a hundred small operations are not launched one by one.
 
@@ -99,21 +80,19 @@ def captured_judge() -> Judge:
                 return judge(model, corrector, metric, GateLimits(*given[: len(limits)]), *given[len(limits) :])
 
             calls[key] = CapturedCall(judged, seen[0].device)
-        return calls[key](*limits, *seen)  # limits are data to the graph, as to the compiler: rules may differ
+        return calls[key](*limits, *seen)  # limits are data to the graph: rules may differ
 
     return judge_rows
 
 
-def judge_for(runtime: Runtime) -> Judge:
-    """How this device judges: a CPU row by row, compiled or not; CUDA all rows at once, captured."""
-    if runtime.device.type == "cuda":
-        return captured_judge()
-    judge_row = compiled_judge() if runtime.compiled else judge
+def judge_for(device: torch.device) -> Judge:
+    """How this device judges: a CPU row by row, CUDA all rows at once, captured."""
+    return captured_judge() if device.type == "cuda" else judge_row_by_row
 
-    def judge_rows(model: Behaviour, corrector: Corrector | None, metric: str, limits: GateLimits, *seen: Tensor) -> Judgement:
-        return row_by_row(lambda *row: judge_row(model, corrector, metric, limits, *row), *seen)
 
-    return judge_rows
+def judge_row_by_row(model: Behaviour, corrector: Corrector | None, metric: str, limits: GateLimits, *seen: Tensor) -> Judgement:
+    """`judge` of each row alone, so that it does not depend on those beside it."""
+    return row_by_row(lambda *row: judge(model, corrector, metric, limits, *row), *seen)
 
 
 def kernels_for(runtime: Runtime) -> Kernels:

@@ -8,6 +8,7 @@ real latent alone: plain distillation of the planner, the control that the other
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specmpc_cli.engine.norm_mish import mish
+from specmpc_cli.engine.native.learnt_mlp import MISH, PLAIN
+from specmpc_cli.engine.packed import PackedMlp
 from specmpc_cli.types import Visit
 
 
@@ -46,6 +48,8 @@ class BaseCorrector(nn.Module, ABC):
     """What every architecture has in common. Implements `types.Corrector`."""
 
     arch: str
+    trunk: nn.Module  # hidden layers, each with LayerNorm and Mish,
+    head: nn.Module  # and a plain one after them
 
     def __init__(self, dims: CorrectorDims) -> None:
         super().__init__()
@@ -128,17 +132,19 @@ class TemporalTransformerCorrector(ResidualCorrector):
     def features(self, visit: Visit, intent: Tensor) -> Tensor:
         # A latent is a row of softmaxes and never zero, so a slot whose first entry sums to 0 is an empty one.
         filled = visit.history[..., : self.dims.latent_dim].sum(-1) > 0  # [B, W]
+        # Every slot may look at itself, so that a row without any history has something to attend to.
+        mask = filled[:, None, None, :] | torch.eye(filled.shape[1], dtype=torch.bool, device=filled.device)  # [B, 1, W, W]
         x = self.embed(visit.history) + self.position  # [B, W, width]
         for index, block in enumerate(self.blocks):
             # Only the newest step's output is used, so the last layer computes no other.
-            x = block(x, filled, newest_only=index == len(self.blocks) - 1)
+            x = block(x, mask, newest_only=index == len(self.blocks) - 1)
         seen = self.norm(x[:, -1])
         gate = torch.sigmoid(self.gate(torch.cat([seen, intent], dim=-1)))
         return gate * seen + (1 - gate) * intent
 
 
 class _Block(nn.Module):
-    """A pre-norm Transformer encoder layer that attends to filled slots only."""
+    """A pre-norm Transformer encoder layer."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -148,16 +154,14 @@ class _Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
-    def forward(self, x: Tensor, filled: Tensor, newest_only: bool) -> Tensor:
-        """x [B, W, width], filled [B, W] → [B, W, width], or [B, 1, width] for the newest slot alone."""
+    def forward(self, x: Tensor, mask: Tensor, newest_only: bool) -> Tensor:
+        """x [B, W, width], and which slots each may attend to [B, 1, W, W] → [B, W, width], or [B, 1, width] for the newest slot alone."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, W, d]
-        # Every slot may look at itself, so that a row without any history has something to attend to.
-        mask = filled[:, None, None, :] | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)  # [B, 1, W, W]
         if newest_only:
             x, q, mask = x[:, -1:], q[:, :, -1:], mask[:, :, -1:]
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
-        return x + self.dropout(self.down(mish(self.up(self.norm2(x)))))
+        return x + self.dropout(self.down(F.mish(self.up(self.norm2(x)))))
 
 
 class DistilledPolicy(BaseCorrector):
@@ -187,6 +191,33 @@ class DistilledPolicy(BaseCorrector):
 
     def added(self, visit: Visit, delta: Tensor) -> Tensor:
         return visit.planned + delta - visit.prior  # it knows no plan
+
+
+class _Packed(nn.Module):
+    """Layers one after the other, in one call of a CPU's kernels, without gradients. A plain layer may come last."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        parts = [part for layer in layers for part in layer.modules() if isinstance(part, nn.Linear | nn.LayerNorm)]
+        weights = [part.weight.detach() for part in parts if isinstance(part, nn.Linear)]
+        vectors = [v.detach() for part in parts for v in ([part.bias] if isinstance(part, nn.Linear) else [part.weight, part.bias])]
+        self._mlp = PackedMlp(weights, vectors, PLAIN if isinstance(parts[-1], nn.Linear) else MISH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, in] → [N, out]."""
+        return self._mlp(x)
+
+
+def packed(network: BaseCorrector) -> BaseCorrector:
+    """A copy that computes the same on a CPU in a fraction of the calls; its weights are fixed. Needs `native.multiplies` for fp32."""
+    copy = deepcopy(network)
+    assert isinstance(copy.trunk, nn.Sequential)
+    copy.trunk, copy.head = _Packed(*copy.trunk, copy.head), nn.Identity()
+    for part in list(copy.modules()):
+        for name, layer in part.named_children():
+            if isinstance(layer, _Normed | nn.Linear):
+                setattr(part, name, _Packed(layer))
+    return copy
 
 
 CORRECTORS: dict[str, type[BaseCorrector]] = {c.arch: c for c in (TwoTowerCorrector, TemporalTransformerCorrector, DistilledPolicy)}

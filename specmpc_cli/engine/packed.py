@@ -7,26 +7,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from specmpc_cli.engine.native.learnt_mlp import PLAIN
+
 
 class PackedMlp:
-    """Layers with LayerNorm and Mish, and a last one that is plain or has LayerNorm and SimNorm; or E such stacks, as heads. Needs
+    """Layers with LayerNorm and Mish, and a last one that is plain or has LayerNorm and Mish or SimNorm; or E such stacks, as heads. Needs
     `native.multiplies` for the weights' dtype, or for int8.
     """
 
     def __init__(
-        self, weights: Sequence[Tensor], vectors: Sequence[Tensor], softmax_size: int = 0, *, int8: bool = False, apart: int = 0
+        self, weights: Sequence[Tensor], vectors: Sequence[Tensor], ends_in: int = PLAIN, *, int8: bool = False, apart: int = 0
     ) -> None:
         """
         Args:
             weights: each layer's, [out, in] or [E, out, in], fp32 or bf16.
             vectors: for each layer its bias and, if it has a norm, LayerNorm's weight and bias, [out] or [E, out].
-            softmax_size: SimNorm's in the last layer, 0 if that is plain.
+            ends_in: how the last layer ends; all others end in Mish.
             int8: rounds fp32 weights to 8 bits, with one scale for each output, and inputs in every product, with one for each row; what a
                 plain last layer reads is rounded in two steps.
             apart: so many leading inputs are of another kind than those after them; each kind then has a scale of its own.
         """
         self.dims = [weights[0].shape[-1], *(weight.shape[-2] for weight in weights)]
-        self.softmax_size = softmax_size
+        self.ends_in = ends_in
         self._int8, self._apart = int8, apart
         self.weights = torch.ops.specmpc.pack_mlp(weights, int8, None)  # [size] or [E, size]
         self.vectors = _joined(vectors)  # [V] or [E, V], fp32
@@ -53,7 +55,7 @@ class PackedMlp:
         whole = self.weights, self.vectors
         weights, vectors = (packed[head] for packed in whole) if isinstance(head, int) else whole
         heads = head if isinstance(head, Tensor) else None
-        return torch.ops.specmpc.fused_mlp(x, shared, weights, vectors, self.dims, self.softmax_size, self._apart, expect, heads)
+        return torch.ops.specmpc.fused_mlp(x, shared, weights, vectors, self.dims, self.ends_in, self._apart, expect, heads)
 
 
 def _joined(vectors: Sequence[Tensor]) -> Tensor:

@@ -69,7 +69,7 @@ def judge(
     return Judgement(z, z_pred, planned, history, mismatch, delta, expected_error, decision, reason)
 
 
-Judge = Callable[..., Judgement]  # `judge`, or a compiled one (engine/compiled.py)
+Judge = Callable[..., Judgement]  # `judge`, or one for a device (engine/compiled.py)
 
 
 class Replanned(NamedTuple):
@@ -117,15 +117,14 @@ class SpeculativeRunner:
                 action. `reroll`: what a plan predicts and, in its tail, proposes after a correction: the same as before, so that
                 the mismatch is the distance from the plan, or anew from the latent and the action that were corrected.
             history: W, the steps a corrector may look back on.
-            judge: the function above, or a compiled one.
+            judge: the function above, or one that computes the same for this device (engine/compiled.py).
             refinement: which replans may be cheaper ones; None for none.
-            behaviour: encodes where there is no corrector, and predicts tails and what follows a correction; by default `model`. The
-                networks of a planner compute the same, faster.
+            behaviour: encodes, and predicts tails and what follows a correction; by default `model`. The networks of a planner compute
+                the same, faster.
         """
         self.model = model
         self._behaviour = behaviour or model
-        # What is compiled, or captured, with a corrector or for a GPU has no use for kernels of our own.
-        self._sees = model if corrector is not None or next(model.parameters()).is_cuda else self._behaviour
+        self._sees = model if next(model.parameters()).is_cuda else self._behaviour  # a GPU has one graph for all planners of a model
         self.planner = planner
         self.rule = rule
         self.refinement = refinement

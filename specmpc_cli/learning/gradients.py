@@ -40,7 +40,7 @@ class Gradients(Protocol):
 
 def gradients_for(model: WorldModel, s: LossSettings, discounts: Tensor | None, runtime: Runtime) -> Gradients:
     """The fastest there are here; arguments as of `world_model_loss`."""
-    if runtime.compiled and runtime.device.type == "cpu" and native.multiplies(runtime.dtype):
+    if native.serves(runtime, runtime.dtype):
         return KernelGradients(model, s, discounts, runtime)
     return AutogradGradients(model, s, discounts, runtime)
 

@@ -15,7 +15,7 @@ from specmpc_cli.engine.actors import DistilledActor, PolicyActor
 from specmpc_cli.engine.batched_planner import BatchedPlanner
 from specmpc_cli.engine.captured import EAGER_CALLS
 from specmpc_cli.engine.compiled import batch_sizes_for, draws_for, judge_for, kernels_for
-from specmpc_cli.engine.correctors import BaseCorrector, DistilledPolicy
+from specmpc_cli.engine.correctors import BaseCorrector, DistilledPolicy, packed
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import PlannerSettings
 from specmpc_cli.engine.runner import Planner, Refinement, SpeculativeRunner
@@ -78,7 +78,7 @@ class Workbench:
 
     def _make_planners(self) -> None:
         refine = self.config.refine
-        self._judge = judge_for(self.runtime)
+        self._judge = judge_for(self.runtime.device)
         self.planner = self.planner_for(self.config.planner)
         self.refinement = Refinement(self.planner.refining(refine.iterations, refine.std), refine.below) if refine.iterations else None
 
@@ -110,6 +110,8 @@ class Workbench:
     def runner(self, way: Way) -> SpeculativeRunner:
         """The speculative runner of a way that plans."""
         network, rule = self._network(way), way.gate_rule(self.config.speculation.metric)
+        if network is not None and native.serves(self.runtime, torch.float32):
+            network = packed(network)
         return SpeculativeRunner(
             self.model,
             self.planner,
@@ -123,8 +125,8 @@ class Workbench:
         )
 
     def warm_up(self, ways: Iterable[Way], rows: int) -> str | None:
-        """Makes one plan per batch size that up to `rows` rows meet, and one step of each corrector in `ways`, which compiles what will be
-        compiled.
+        """Makes one plan per batch size that up to `rows` rows meet, and one step with each corrector in `ways` and without, which builds,
+        compiles or captures what will be.
 
         Returns:
             What went wrong, if compiling failed on this machine: acting is eager from then on, or lacks a kernel.
@@ -139,8 +141,6 @@ class Workbench:
             if self.refinement is not None:
                 plan_once(self.refinement.planner, self.model, sizes)
             archs = {way.corrector.arch if way.corrector else None: way for way in ways if way.mode.plans}
-            if self.runtime.device.type != "cuda":
-                archs.pop(None, None)  # nothing of such a step is compiled
             for way in archs.values():
                 step_once(self.runner(way))
         except COMPILER_ERRORS as error:

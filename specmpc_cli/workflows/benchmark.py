@@ -10,7 +10,7 @@ import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ from specmpc_cli.engine import native
 from specmpc_cli.engine.batched_planner import BatchedPlanner
 from specmpc_cli.engine.captured import CapturedCall
 from specmpc_cli.engine.compiled import draws_for, judge_for
-from specmpc_cli.engine.correctors import CORRECTORS, CorrectorDims, build_corrector
+from specmpc_cli.engine.correctors import CORRECTORS, CorrectorDims, build_corrector, packed
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.layers import Mlp
 from specmpc_cli.engine.planner import EAGER
-from specmpc_cli.engine.runner import SpeculativeRunner, judge
+from specmpc_cli.engine.runner import SpeculativeRunner
 from specmpc_cli.engine.world_model import MODEL_SIZES, WorldModel, WorldModelDims
 from specmpc_cli.envs.registry import lookup
 from specmpc_cli.errors import ConfigError
@@ -243,11 +243,11 @@ class Subject:
         d, config = self.model.dims, CorrectorConfig()
         dims = CorrectorDims(d.latent_dim, d.action_dim, config.width, config.history, config.layers)
         torch.manual_seed(0)
-        corrector = build_corrector(next(iter(CORRECTORS)), dims).to(self.runtime.device).requires_grad_(False).eval()
-        ours, plain = (
-            SpeculativeRunner(self.model, self._planner, GateRule(_HORIZON), corrector, history=config.history, judge=one)
-            for one in (judge_for(self.runtime), judge)
-        )
+        network = build_corrector(next(iter(CORRECTORS)), dims).to(self.runtime.device).requires_grad_(False).eval()
+        fast = packed(network) if native.serves(self.runtime, torch.float32) else network
+        runner = partial(SpeculativeRunner, self.model, self._planner, GateRule(_HORIZON), history=config.history)
+        ours = runner(fast, judge=judge_for(self.runtime.device), behaviour=self._planner.networks)
+        plain = runner(network)
         first = torch.ones(1, dtype=torch.bool, device=self.runtime.device)
         _, state, _ = plain.act(self._obs, plain.initial_state(1), first)
         later = torch.zeros_like(first)
@@ -312,7 +312,7 @@ def peak_gflops(runtime: Runtime, dtype: torch.dtype) -> float:
     else:
         a = given.to(dtype)
         rates.append(_gflops(lambda: torch.mm(a, a), size**3, device))
-    if runtime.compiled and device.type == "cpu" and native.multiplies(dtype):
+    if native.serves(runtime, dtype):
         width = size // 4  # a layer's
         int8 = dtype is torch.int8
         layer = Mlp(width, [], width).to(torch.float32 if int8 else dtype)

@@ -88,7 +88,7 @@ class Trainer:
         self._make_planners()
 
     def _make_planners(self) -> None:
-        self._judge = judge_for(self.runtime)
+        self._judge = judge_for(self.runtime.device)
         self._acting = make_planner(self.model, self.config.training_planner, self.spec, self.runtime, explore=True)
         self._planning = make_planner(self.model, self.config.planner, self.spec, self.runtime)
 

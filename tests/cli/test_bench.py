@@ -11,7 +11,6 @@ import torch
 
 from specmpc_cli.engine import native
 from specmpc_cli.engine.planner import EAGER, Kernels
-from specmpc_cli.engine.runner import judge
 from specmpc_cli.engine.world_model import MODEL_SIZES
 from specmpc_cli.runtime import choose_runtime
 from specmpc_cli.workflows.benchmark import WHAT, Case, benchmark, machine_name, measure, peak_gflops
@@ -110,7 +109,6 @@ def test_a_compiler_that_fails_while_the_cases_are_made_is_noted(monkeypatch: py
         raise RuntimeError("the compiler is broken")
 
     monkeypatch.setattr("specmpc_cli.workflows.acting.kernels_for", lambda runtime: Kernels(broken, broken) if runtime.compiled else EAGER)
-    monkeypatch.setattr("specmpc_cli.workflows.benchmark.judge_for", lambda runtime: judge)
     report = benchmark(choose_runtime("cpu", "fp32"), [1], ["step"], seconds=0.0)
     assert report["notes"] == ["compiling failed, so our path is timed eagerly: the compiler is broken"]
     assert [row["compiled"] for row in report["rows"]] == [False] and report["compiled"] is False

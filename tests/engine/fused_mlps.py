@@ -10,12 +10,13 @@ from torch import Tensor
 
 from specmpc_cli.engine import native
 from specmpc_cli.engine.layers import SimNorm
+from specmpc_cli.engine.native.learnt_mlp import MISH, PLAIN
 
 
 class Case(NamedTuple):
     x: tuple[int, ...]
     dims: tuple[int, ...]  # inputs and each layer's outputs
-    group: int = 0  # SimNorm's in the last layer, after a norm; 0: a plain one
+    group: int = PLAIN  # how the last layer ends: a number above 0 is SimNorm's
     shared: int = 0  # leading inputs that come apart
     stacks: int = 0  # E heads; 0: no axis for them
     heads: tuple[int, ...] | None = None
@@ -32,6 +33,8 @@ CASES = {
     "simnorm": Case((100, 48), (48, 64, 128), 8),
     "simnorm of four": Case((100, 48), (48, 20), 4),
     "fewer outputs than lanes": Case((70, 33), (33, 40, 3)),
+    "mish": Case((70, 33), (33, 48, 29), MISH),
+    "one layer with mish, in heads": Case((2, 1, 40), (40, 24), MISH, stacks=2),
     "bins": Case((70, 64), (64, 64, 101)),
     "shared inputs": Case((64, 6), (38, 48, 16), 0, 32),
     "an odd number of shared inputs": Case((64, 50), (95, 48, 16), 0, 45),
@@ -94,7 +97,7 @@ class Given(NamedTuple):
             y = y @ weight.transpose(-1, -2) + bias
             if norm:
                 y = F.layer_norm(y, y.shape[-1:]) * norm[0] + norm[1]
-                y = F.mish(y) if number < len(self.weights) - 1 else SimNorm(self.group)(y)
+                y = F.mish(y) if number < len(self.weights) - 1 or self.group == MISH else SimNorm(self.group)(y)
         return y
 
 
@@ -123,7 +126,7 @@ def given(name: str, dtype: torch.dtype = torch.float32) -> Given:
     for i, o in zip(case.dims, case.dims[1:], strict=False):
         weights.append((torch.randn(*stacks, o, i) / i**0.5).to(torch.float32 if dtype is torch.int8 else dtype))
         vectors.append([torch.randn(*stacks, o), torch.rand(*stacks, o) * 2, torch.randn(*stacks, o)])
-    if not case.group:
+    if case.group == PLAIN:
         vectors[-1] = vectors[-1][:1]
     shared = torch.randn(*case.x[:-2], 1, case.shared) if case.shared else None
     assert case.x[-1] + case.shared == case.dims[0]

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
-from specmpc_cli.engine.correctors import CORRECTORS, CorrectorDims, build_corrector
+from specmpc_cli.engine import native
+from specmpc_cli.engine.correctors import CORRECTORS, CorrectorDims, build_corrector, packed
 from specmpc_cli.types import Visit
 
 DIMS = CorrectorDims(latent_dim=16, action_dim=3, width=32, history=5)
@@ -40,6 +42,22 @@ def test_shapes_and_a_modest_start(arch: str) -> None:
     # untrained: a gate of sigmoid(−2) towards the policy prior, nothing else; plain distillation starts as the policy prior itself
     share = torch.tensor(1.0) if arch == "distilled" else torch.sigmoid(torch.tensor(-2.0))
     torch.testing.assert_close(delta, share * (seen.prior - seen.planned))
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("arch", CORRECTORS)
+def test_packed_for_a_cpu_it_computes_the_same(arch: str) -> None:
+    assert native.built()
+    network = trained(arch).requires_grad_(False)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    fast = packed(network)
+    for filled in (0, 2, 5):
+        for rows in (1, 4):
+            seen = visit(rows, filled)
+            for ours, theirs in zip(fast(seen), network(seen), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert not any(isinstance(part, nn.Linear) for part in fast.modules())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 @pytest.mark.parametrize("arch", CORRECTORS)

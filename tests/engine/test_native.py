@@ -208,7 +208,7 @@ def test_what_is_not_finite_is_not_hidden() -> None:
 
 
 def several_blocks(**change: object) -> dict[str, object]:
-    names = ("x", "shared", "packed", "vectors", "dims", "softmax_size", "apart", "range", "heads")
+    names = ("x", "shared", "packed", "vectors", "dims", "ends_in", "apart", "range", "heads")
     return dict(zip(names, given("several blocks").arguments, strict=True)) | change
 
 
@@ -231,11 +231,12 @@ def several_blocks(**change: object) -> dict[str, object]:
         ({"vectors": torch.zeros(384, dtype=torch.bfloat16)}, "fp32"),
         ({"vectors": torch.zeros(383)}, "other sizes"),
         ({"vectors": torch.zeros(1, 384)}, "other vectors"),
-        ({"softmax_size": 7}, "groups of 7"),
-        ({"softmax_size": -1}, "groups of -1"),
-        ({"softmax_size": 8}, "other sizes"),
+        ({"ends_in": 7}, "groups of 7"),
+        ({"ends_in": -2}, "groups of -2"),
+        ({"ends_in": -1}, "other sizes"),
+        ({"ends_in": 8}, "other sizes"),
         ({"range": [-10.0]}, "first to the last"),
-        ({"range": [-10.0, 10.0], "softmax_size": 8}, "first to the last"),
+        ({"range": [-10.0, 10.0], "ends_in": 8}, "first to the last"),
         ({"heads": torch.tensor([1])}, "head 1 of 1"),
         ({"heads": torch.tensor([0], dtype=torch.int32)}, "int64"),
     ],

@@ -15,7 +15,6 @@ from specmpc_cli.engine.compiled import judge_for
 from specmpc_cli.engine.gate import GateRule
 from specmpc_cli.engine.planner import PlannerSettings, plan
 from specmpc_cli.engine.runner import Refinement, SpeculativeRunner
-from specmpc_cli.runtime import choose_runtime
 from specmpc_cli.types import Course, Decision, Executes, ReplanReason, Rows, RunnerState, StepLog, Tail
 from tests.conftest import make_model
 from tests.fakes import ConstantCorrector, CountingModel, ScriptedPlanner
@@ -325,7 +324,7 @@ def test_results_do_not_depend_on_which_rows_share_a_batch() -> None:
 
     def run(rows: list[int], batch_sizes: tuple[int, ...]) -> Tensor:
         planner = BatchedPlanner(model, SMALL, batch_sizes=batch_sizes)
-        judged = judge_for(choose_runtime("cpu", "fp32"))
+        judged = judge_for(torch.device("cpu"))
         runner = SpeculativeRunner(model, planner, rule, lambda visit: (0.1 * visit.prior, visit.planned.sum(-1) * 0), judge=judged)
         state = runner.begin(runner.initial_state(len(rows)), torch.arange(len(rows)), torch.tensor(rows) + 10)
         actions = []

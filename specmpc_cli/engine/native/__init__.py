@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from specmpc_cli.errors import ConfigError
-from specmpc_cli.runtime import use_compile_cache
+from specmpc_cli.runtime import Runtime, use_compile_cache
 
 _SOURCES = Path(__file__).parent
 _BUILD_SECONDS = 300
@@ -48,6 +48,11 @@ def multiplies(dtype: torch.dtype) -> bool:
             return torch.ops.specmpc.multiplies_int8()
         case _:
             return dtype is torch.float32
+
+
+def serves(runtime: Runtime, dtype: torch.dtype) -> bool:
+    """Whether that is how this runtime computes products of this dtype."""
+    return runtime.compiled and runtime.device.type == "cpu" and multiplies(dtype)
 
 
 def require_int8() -> None:

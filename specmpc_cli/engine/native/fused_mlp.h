@@ -1,5 +1,5 @@
-// An MLP in one call: layers with LayerNorm and Mish between products, and a last layer that is plain, or has LayerNorm and SimNorm, or
-// whose outputs are decoded.
+// An MLP in one call: layers with LayerNorm and Mish between products, and a last layer that is plain, or has LayerNorm and Mish or SimNorm,
+// or whose outputs are decoded.
 //
 // A thread takes some rows at a time through all layers, so that sums and features never leave a near cache: beside the products, what a
 // layer computes costs little more than its arithmetic. Without gradients: what a backward pass would need is not kept.
@@ -85,10 +85,10 @@ class Layers {
 
   // `vectors` of a layer: what is added to the product; of all but a plain last layer LayerNorm's weight and bias, too.
   // `apart`: how many of the first layer's inputs are of another kind than those after them.
-  Layers(at::IntArrayRef dims, int64_t apart, int64_t softmax_size, const std::optional<Bins>& bins)
-      : dims_(dims.vec()), softmax_size_(softmax_size), bins_(bins) {
+  Layers(at::IntArrayRef dims, int64_t apart, int64_t ends_in, const std::optional<Bins>& bins)
+      : dims_(dims.vec()), ends_in_(ends_in), bins_(bins) {
     for (size_t layer = 0; layer + 1 < dims.size(); ++layer) {
-      products_.emplace_back(dims[layer], dims[layer + 1], Care{layer == 0 ? apart : 0, is_last(layer) && softmax_size == 0});
+      products_.emplace_back(dims[layer], dims[layer + 1], Care{layer == 0 ? apart : 0, is_last(layer) && ends_in == kPlain});
       widest_ = std::max(widest_, products_.back().padded_outputs());
       weights_ += products_.back().packed_size();
       vectors_ += vectors_of(layer) * dims[layer + 1];
@@ -130,11 +130,11 @@ class Layers {
  private:
   std::vector<int64_t> dims_;
   std::vector<Product> products_;
-  int64_t softmax_size_, widest_ = 0, weights_ = 0, vectors_ = 0;
+  int64_t ends_in_, widest_ = 0, weights_ = 0, vectors_ = 0;
   std::optional<Bins> bins_;
 
   bool is_last(size_t layer) const { return layer + 2 == dims_.size(); }
-  int64_t vectors_of(size_t layer) const { return is_last(layer) && softmax_size_ == 0 ? 1 : 3; }
+  int64_t vectors_of(size_t layer) const { return is_last(layer) && ends_in_ == kPlain ? 1 : 3; }
 
   // Rows that are taken through all layers at a time: so few that with their sums they stay in the second cache, beside weights of a
   // moderate size; larger ones are better read less often.
@@ -166,7 +166,7 @@ class Layers {
         shift = vector;
       }
       const auto row_of = [=](int64_t r) { return sums + r * sums_step; };
-      if (is_last(layer) && softmax_size_ == 0) {
+      if (is_last(layer) && ends_in_ == kPlain) {
         for (int64_t r = 0; r < count; ++r) end_row(row_of(r), shift, dim, y + r * y_step);
         return;
       }
@@ -177,8 +177,10 @@ class Layers {
         for (int64_t r = first; r < end; ++r) found[r - first] = shifted<Product::kRough>(row_of(r), shift, dim);
         for (int64_t r = first; r < end; ++r) {
           const Moments& own = found[r - first];
-          if (is_last(layer)) {
-            norm_softmax_row<Product::kRough>(row_of(r), own, norm_weight, norm_bias, dim, softmax_size_, y + r * y_step);
+          if (is_last(layer) && ends_in_ == kMish) {
+            mish_row(row_of(r), own, norm_weight, norm_bias, dim, y + r * y_step);
+          } else if (is_last(layer)) {
+            norm_softmax_row<Product::kRough>(row_of(r), own, norm_weight, norm_bias, dim, ends_in_, y + r * y_step);
           } else {
             products_[layer + 1].take(features, r, [&](auto made) { mish_row(row_of(r), own, norm_weight, norm_bias, dim, made); });
           }
@@ -246,8 +248,8 @@ inline std::vector<int64_t> picked_heads(const at::Tensor& heads, int64_t known)
 
 // Rows x [N, I] or [G, N, I] through layers of these `dims`, the first of which has I inputs; or more, when `shared` [1, S] or [G, 1, S]
 // has the leading ones, which all rows have in common. `packed` is pack_mlp's, [size] or [E, size]; `vectors` [V] or [E, V] are, for each
-// layer, what is added to the product and, if it has a norm, LayerNorm's weight and bias. `softmax_size`: SimNorm's in the last layer, 0
-// if that is plain. `apart`: how many leading inputs are of another kind than those after them, which int8 rounds apart. `range` [2]: the
+// layer, what is added to the product and, if it has a norm, LayerNorm's weight and bias. `ends_in`: how the last layer ends
+// (row_ends.h). `apart`: how many leading inputs are of another kind than those after them, which int8 rounds apart. `range` [2]: the
 // plain last layer's outputs are logits of bins from here to there, and their expected scalar is the result. `heads` [G]: which of the E
 // each group takes; all in turn, if left out. → [N, out] or [G, N, out], or with a range [N] or [G, N]. Rows, vectors and results are fp32;
 // products are computed in the weights' dtype, as are the features between layers.
@@ -257,7 +259,7 @@ inline at::Tensor fused_mlp(
     const at::Tensor& packed,
     const at::Tensor& vectors,
     at::IntArrayRef dims,
-    int64_t softmax_size,
+    int64_t ends_in,
     int64_t apart,
     std::optional<at::ArrayRef<double>> range,
     const std::optional<at::Tensor>& heads) {
@@ -268,11 +270,10 @@ inline at::Tensor fused_mlp(
   const bool alike = packed.dim() == vectors.dim() && (packed.dim() == 1 || (packed.dim() == 2 && packed.size(0) == vectors.size(0)));
   TORCH_CHECK(alike && packed.is_contiguous() && vectors.is_contiguous(), "fused_mlp: weights are not packed, or have other vectors");
   TORCH_CHECK(dims.size() >= 2 && *std::min_element(dims.begin(), dims.end()) > 0, "fused_mlp: no layers");
-  const bool in_groups = softmax_size == 0 || (softmax_size > 0 && dims.back() % softmax_size == 0);
-  TORCH_CHECK(in_groups, "fused_mlp: ", dims.back(), " features are not groups of ", softmax_size);
+  TORCH_CHECK(can_end_in(ends_in, dims.back()), "fused_mlp: ", dims.back(), " features are not groups of ", ends_in);
   std::optional<Bins> bins;
   if (range) {
-    TORCH_CHECK(range->size() == 2 && softmax_size == 0 && dims.back() > 1, "fused_mlp: a range is of bins, from the first to the last");
+    TORCH_CHECK(range->size() == 2 && ends_in == kPlain && dims.back() > 1, "fused_mlp: a range is of bins, from the first to the last");
     bins.emplace(dims.back(), (*range)[0], (*range)[1]);
   }
   const Rows in(x);
@@ -297,12 +298,12 @@ inline at::Tensor fused_mlp(
   at::Tensor y = at::empty(shape, x.options());
   const Heads found{packed, vectors, std::move(of_group)};
   if (packed.scalar_type() == at::kBFloat16) {
-    compute_mlp(in, in_common, found, Layers<Bf16Product>(dims, apart, softmax_size, bins), Rows(y));
+    compute_mlp(in, in_common, found, Layers<Bf16Product>(dims, apart, ends_in, bins), Rows(y));
   } else if (packed.scalar_type() == at::kChar) {
-    compute_mlp(in, in_common, found, Layers<Int8Product>(dims, apart, softmax_size, bins), Rows(y));
+    compute_mlp(in, in_common, found, Layers<Int8Product>(dims, apart, ends_in, bins), Rows(y));
   } else {
     TORCH_CHECK(packed.scalar_type() == at::kFloat, "fused_mlp: weights must be fp32, bf16 or int8");
-    compute_mlp(in, in_common, found, Layers<Fp32Product>(dims, apart, softmax_size, bins), Rows(y));
+    compute_mlp(in, in_common, found, Layers<Fp32Product>(dims, apart, ends_in, bins), Rows(y));
   }
   return bins ? y.squeeze(-1) : y;
 }

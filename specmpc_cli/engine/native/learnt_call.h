@@ -42,8 +42,7 @@ struct LearntCall {
       given.weights.emplace_back(weight);
       dims.push_back(weight.size(-2));
     }
-    const bool in_groups = ends_in == kPlain || ends_in == kMish || (ends_in > 0 && dims.back() % ends_in == 0);
-    TORCH_CHECK(in_groups, "mlp: ", dims.back(), " features are not groups of ", ends_in);
+    TORCH_CHECK(can_end_in(ends_in, dims.back()), "mlp: ", dims.back(), " features are not groups of ", ends_in);
     size_t vector = 0;
     for (size_t layer = 0; layer < weights.size(); ++layer) {
       const int64_t count = layer + 1 == weights.size() && ends_in == kPlain ? 1 : 3;

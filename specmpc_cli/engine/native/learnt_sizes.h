@@ -12,9 +12,6 @@ namespace specmpc {
 // What a forward pass keeps: what gradients of the inputs need, or also those of the parameters.
 enum class Keep : int64_t { kNothing, kForInputs, kForParameters };
 
-// What a last layer ends in; a number above is SimNorm's. All others end in Mish. A norm comes before Mish and SimNorm.
-constexpr int64_t kPlain = 0, kMish = -1;
-
 struct LearntLayer {
   int64_t number, in, out;
   bool normed;

@@ -12,7 +12,7 @@
 TORCH_LIBRARY(specmpc, m) {
   m.def("pack_mlp(Tensor[] weights, bool int8, Tensor(a!)? into) -> Tensor(a!)");
   m.def(
-      "fused_mlp(Tensor x, Tensor? shared, Tensor packed, Tensor vectors, int[] dims, int softmax_size, int apart, float[]? range,"
+      "fused_mlp(Tensor x, Tensor? shared, Tensor packed, Tensor vectors, int[] dims, int ends_in, int apart, float[]? range,"
       " Tensor? heads) -> Tensor");
   m.def(
       "mlp(Tensor[] parts, Tensor[] weights, Tensor[] vectors, Tensor? heads, Tensor? dropped, float dropout, int ends_in, bool bf16,"

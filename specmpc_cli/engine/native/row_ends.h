@@ -1,4 +1,5 @@
-// How an MLP's last layer ends, row by row: in softmaxes of neighbouring features, or in the scalar that bins are expected to stand for.
+// How an MLP's last layer ends, row by row: plainly, in Mish like all others, in softmaxes of neighbouring features, or in the scalar that
+// bins are expected to stand for.
 //
 // Roughly, where what comes next is rounded anyway (rough_rows.h).
 
@@ -10,6 +11,11 @@
 #include <numeric>
 
 namespace specmpc {
+
+// What a last layer ends in; a number above 0 is SimNorm's, the size of its groups. A norm comes before Mish and SimNorm.
+constexpr int64_t kPlain = 0, kMish = -1;
+
+inline bool can_end_in(int64_t what, int64_t features) { return what == kPlain || what == kMish || (what > 0 && features % what == 0); }
 
 // Values of a group of eight, side by side.
 typedef float Eight __attribute__((vector_size(8 * sizeof(float)), aligned(sizeof(float)), may_alias));

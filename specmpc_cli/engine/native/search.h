@@ -32,9 +32,9 @@ struct NetSizes {
 template <typename Product>
 class Net {
  public:
-  Net(const at::Tensor& packed, const at::Tensor& vectors, const std::array<int64_t, 4>& dims, int64_t apart, int64_t softmax_size,
+  Net(const at::Tensor& packed, const at::Tensor& vectors, const std::array<int64_t, 4>& dims, int64_t apart, int64_t ends_in,
       const std::optional<Bins>& bins = std::nullopt)
-      : layers_(dims, apart, softmax_size, bins), heads_(packed.dim() == 2 ? packed.size(0) : 1) {
+      : layers_(dims, apart, ends_in, bins), heads_(packed.dim() == 2 ? packed.size(0) : 1) {
     const bool whole = packed.is_contiguous() && vectors.is_contiguous() && vectors.scalar_type() == at::kFloat;
     TORCH_CHECK(whole && packed.scalar_type() == c10::CppTypeToScalarType<Weight>::value, "search: weights are not packed, or for others");
     const bool fits = packed.numel() == heads_ * layers_.weights() && vectors.numel() == heads_ * layers_.vectors();
