@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import shutil
+import sys
 import sysconfig
 import time
 from dataclasses import dataclass
@@ -96,8 +97,8 @@ def choose_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
 
     `auto` takes CUDA where there is one, and bf16 where the hardware multiplies it (GPUs since Ampere; CPUs with AMX or
     AVX512-BF16), fp32 elsewhere: emulated bf16 is several times slower than fp32. `int8` is for planning on CPUs with AVX512-VNNI and
-    never chosen by `auto`; all else is then computed as `auto` would. Compilation needs a C++ compiler and Python's headers, and can be
-    switched off with SPECMPC_COMPILE=0.
+    never chosen by `auto`; all else is then computed as `auto` would. Compilation needs a C++ compiler, and can be switched off with
+    SPECMPC_COMPILE=0.
 
     Raises:
         ConfigError: an unknown device or dtype, CUDA asked for where there is none, or int8 where nothing multiplies it.
@@ -122,7 +123,7 @@ def choose_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
         raise ConfigError(f"--dtype int8 plans on a CPU with AVX512-VNNI, with compiled code: {reason}")
     if compiled and chosen.type == "cpu" and (missing := _missing_for_compilation()):
         compiled = False
-        notes.append(f"{missing}: planning runs eagerly, about half as fast (on Debian: apt-get install g++ python3-dev)")
+        notes.append(f"{missing}: planning runs eagerly, at a third to half of the speed (on Debian: apt-get install g++)")
     if chosen.type == "cpu":
         _keep_freed_memory()
     return Runtime(chosen, resolved, compiled, torch.get_num_threads(), tuple(notes), dtype == "int8")
@@ -168,10 +169,10 @@ def _no_int8(device: torch.device, compiled: bool) -> str | None:
 
 
 def _missing_for_compilation() -> str | None:
-    """What Inductor's C++ backend needs and this machine lacks; None if nothing is missing."""
+    """What our kernels need, or Inductor's C++ backend where there are none, and this machine lacks; None if nothing is missing."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         return "no C++ compiler found"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+    if sys.platform != "linux" and not Path(sysconfig.get_path("include"), "Python.h").exists():
         return "no Python headers found"
     return None
 

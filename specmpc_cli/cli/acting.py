@@ -24,6 +24,7 @@ from specmpc_cli.cli.session import (
     describe,
     envs_for,
     film_ways,
+    first_time,
     matching_correctors,
     note_ways,
     open_store,
@@ -183,8 +184,7 @@ def bench(
     out.note(f"{describe(runtime)} · both paths take turns in this process; anything else that runs here disturbs the figures")
 
     def preparing(size: int) -> None:
-        compiling = "; the first time on a machine this compiles, half a minute to two" if runtime.prepares else ""
-        out.note(f"{size} M: preparing{compiling}")
+        out.note(f"{size} M: preparing{first_time(runtime)}")
 
     def finished(row: dict[str, Any]) -> None:
         out.note(

@@ -128,18 +128,24 @@ def prepare_training(out: Output, trainer: "Trainer") -> None:
     for note in trainer.notes:
         out.note(f"note: {note}")
     if trainer.runtime.prepares:
-        _prepare(out, "planner and losses", "half a minute to two", trainer.prepare)
+        _prepare(out, "planner and losses", trainer.runtime, trainer.prepare)
 
 
 def prepare_acting(out: Output, bench: "Workbench", ways: "Iterable[Way]", rows: int) -> None:
     """Makes the first plans of up to `rows` rows, and the first step of each corrector in `ways`, which compiles them, and says so."""
     if bench.runtime.prepares and not bench.warm:
-        _prepare(out, "the planner", "about a minute", lambda: bench.warm_up(ways, rows))
+        _prepare(out, "the planner", bench.runtime, lambda: bench.warm_up(ways, rows))
 
 
-def _prepare(out: Output, what: str, duration: str, prepare: Callable[[], str | None]) -> None:
+def first_time(runtime: "Runtime") -> str:
+    """What a preparation does when it is the first one, or nothing."""
+    takes = "one to two minutes" if runtime.device.type == "cuda" else "about half a minute"
+    return f"; the first time on a machine this compiles, {takes}" if runtime.prepares else ""
+
+
+def _prepare(out: Output, what: str, runtime: "Runtime", prepare: Callable[[], str | None]) -> None:
     """Runs a preparation that compiles, and says what it is, how long it took, and what went wrong, if anything."""
-    out.note(f"preparing {what}; the first time on a machine this compiles, {duration}")
+    out.note(f"preparing {what}{first_time(runtime)}")
     started = time.perf_counter()
     problem = prepare()
     if problem:

@@ -7,12 +7,11 @@ One MPPI iteration is the unit (not the unrolled plan): it compiles once per bat
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch._inductor import config as inductor
 
 from specmpc_cli.engine import packed_planner, planner
 from specmpc_cli.engine.captured import CapturedCall
@@ -34,9 +33,23 @@ CUDA_BATCH_SIZES = (1, 4, 16, 64)
 
 def compiled(fn: _Function) -> _Function:
     """The function, compiled at its first call for each new shape and model."""
-    use_compile_cache()
+
+    @wraps(fn)
+    def call(*given: Any) -> Any:
+        return _compiler_of(fn)(*given)
+
+    return cast(_Function, call)
+
+
+@cache
+def _compiler_of(fn: _Function) -> _Function:
+    use_compile_cache()  # before the compiler is imported, which would choose a folder of its own
+    # Not before the first call: that import takes more than a second, and a CPU that has kernels of our own needs none of it.
+    from torch import _dynamo as dynamo
+    from torch._inductor import config as inductor
+
     # Models of other sizes in one process are no reason to give up: each is compiled for its own shapes.
-    torch._dynamo.config.recompile_limit = 256
+    dynamo.config.recompile_limit = 256
     # On a GPU sizes that its matrix units dislike are padded always, instead of after half a minute of trying both.
     inductor.force_shape_pad = True
     return cast(_Function, torch.compile(fn, fullgraph=True, dynamic=False))

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 
 from specmpc_cli.config.schema import Config, PlannerConfig
 from specmpc_cli.engine import native
@@ -27,7 +26,7 @@ from specmpc_cli.workflows.store import Teacher
 from specmpc_cli.workflows.ways import Mode, Way
 
 LARGE_ACTION_DIM = 20  # from here on TD-MPC2 adds iterations
-COMPILER_ERRORS = (TorchDynamoException, RuntimeError, OSError)  # what a compiler that does not work raises
+COMPILER_ERRORS = (RuntimeError, OSError)  # what a compiler that does not work raises
 DEFAULT_HISTORY = 8
 
 
@@ -147,7 +146,7 @@ class Workbench:
             reason = compilers_fault(error, self.runtime)
             self.runtime = replace(self.runtime, compiled=False)
             self._make_planners()
-            return f"the planner could not be compiled and runs eagerly, about half as fast: {reason}"
+            return f"the planner could not be compiled and runs eagerly, at a third to half of the speed: {reason}"
         return native.problem()
 
 

@@ -139,7 +139,7 @@ class Trainer:
             self.runtime = replace(self.runtime, compiled=False)
             self._make_planners()
             self.learner.compute_eagerly()
-            return f"compiling failed, so training runs eagerly, at half the speed: {reason}"
+            return f"compiling failed, so training runs eagerly, at a third to half of the speed: {reason}"
         return native.problem()
 
     # Running
