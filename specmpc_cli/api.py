@@ -109,7 +109,7 @@ def load_controller(
     )
     problems = [
         broken_promise(way, bench.config, bench.runtime.dtype_name),
-        None if not way.mode.plans else bench.warm_up([way], rows=1),
+        bench.warm_up([way], rows=1),
     ]
     for problem in filter(None, problems):
         warnings.warn(problem, stacklevel=2)

@@ -66,8 +66,7 @@ def eval_(
     if way.corrector is not None:
         out.note(f"corrector: {way.corrector.arch} ({way.corrector.source})")
     note_ways(out, bench, [way])
-    if way.mode.plans:
-        prepare_acting(out, bench, [way], envs_for(episodes))
+    prepare_acting(out, bench, [way], envs_for(episodes))
     with out.progress() as progress:
         bar = progress.add_task(way.label, total=episodes * bench.spec.decisions, state="env steps")
         report = evaluate_one(

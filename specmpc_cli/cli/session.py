@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,10 +131,10 @@ def prepare_training(out: Output, trainer: "Trainer") -> None:
         _prepare(out, "planner and losses", trainer.runtime, trainer.prepare)
 
 
-def prepare_acting(out: Output, bench: "Workbench", ways: "Iterable[Way]", rows: int) -> None:
+def prepare_acting(out: Output, bench: "Workbench", ways: "Collection[Way]", rows: int) -> None:
     """Makes the first plans of up to `rows` rows, and the first step of each corrector in `ways`, which compiles them, and says so."""
-    if bench.runtime.prepares and not bench.warm:
-        _prepare(out, "the planner", bench.runtime, lambda: bench.warm_up(ways, rows))
+    if bench.prepares(ways):
+        _prepare(out, "the controller", bench.runtime, lambda: bench.warm_up(ways, rows))
 
 
 def first_time(runtime: "Runtime") -> str:

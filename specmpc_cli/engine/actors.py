@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from specmpc_cli.engine.correctors import DistilledPolicy
+from specmpc_cli.engine.planner import Behaviour
 from specmpc_cli.engine.rows import row_by_row
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.types import Decision, ReplanReason, Rows, StepLog
@@ -63,14 +64,18 @@ class PlanlessActor(ABC):
 class PolicyActor(PlanlessActor):
     """Acts with the policy prior alone: zero planner calls, the control every comparison needs."""
 
-    def __init__(self, model: WorldModel, *, explore: bool = False) -> None:
-        """`explore`: draws from the prior instead of taking its mean."""
+    def __init__(self, model: WorldModel, *, explore: bool = False, behaviour: Behaviour | None = None) -> None:
+        """
+        Args:
+            explore: draws from the prior instead of taking its mean.
+            behaviour: encodes, and takes the mean; by default `model`. As for runners.
+        """
         super().__init__(next(model.parameters()).device)
-        self.model, self._explore = model, explore
+        self.model, self._explore, self._behaviour = model, explore, behaviour or model
 
     def choose(self, obs: Tensor, state: StreamState) -> Tensor:
         if not self._explore:
-            return row_by_row(lambda obs: self.model.pi_mean(self.model.encode(obs)), obs)
+            return row_by_row(lambda obs: self._behaviour.pi_mean(self._behaviour.encode(obs)), obs)
         eps = np.stack([rng.standard_normal(self.model.dims.action_dim, dtype=np.float32) for rng in _draws(state)])
         return row_by_row(lambda obs, eps: self.model.pi_sample(self.model.encode(obs), eps), obs, torch.from_numpy(eps).to(self._device))
 
@@ -83,16 +88,17 @@ class DistilledActor(PlanlessActor):
 
     decision = Decision.CORRECT
 
-    def __init__(self, model: WorldModel, network: DistilledPolicy) -> None:
+    def __init__(self, model: WorldModel, network: DistilledPolicy, *, behaviour: Behaviour | None = None) -> None:
+        """`behaviour`: encodes, and has the prior's mean; by default `model`. As for runners."""
         super().__init__(next(model.parameters()).device)
-        self.model, self.network = model, network
+        self.network, self._behaviour = network, behaviour or model
 
     def choose(self, obs: Tensor, state: StreamState) -> Tensor:
         return row_by_row(self._action, obs)
 
     def _action(self, obs: Tensor) -> Tensor:
-        z = self.model.encode(obs)
-        return self.network.propose(z, self.model.pi_mean(z))[0].clamp(-1.0, 1.0)
+        z = self._behaviour.encode(obs)
+        return self.network.propose(z, self._behaviour.pi_mean(z))[0].clamp(-1.0, 1.0)
 
 
 class RandomActor(PlanlessActor):

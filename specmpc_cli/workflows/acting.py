@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -89,28 +89,27 @@ class Workbench:
         """An actor for this way. Raises CheckpointError for a corrector of another teacher."""
         match way.mode:
             case Mode.POLICY:
-                return PolicyActor(self.model)
+                return PolicyActor(self.model, behaviour=self.planner.networks)
             case Mode.DISTILLED:
                 network = self._network(way)
                 assert isinstance(network, DistilledPolicy), way
-                return DistilledActor(self.model, network)
+                return DistilledActor(self.model, network, behaviour=self.planner.networks)
             case _:
                 return self.runner(way)
 
     def _network(self, way: Way) -> BaseCorrector | None:
-        """The way's corrector, on the device. Raises CheckpointError for one of another teacher."""
+        """The way's corrector, on the device and for it. Raises CheckpointError for one of another teacher."""
         corrector = way.corrector
         if corrector is None:
             return None
         if corrector.facts.teacher_sha256 != self.teacher.sha256:
             raise CheckpointError(f"the corrector in {corrector.path} was distilled from another teacher; fit one for this teacher")
-        return corrector.network.to(self.runtime.device)
+        network = corrector.network.to(self.runtime.device)
+        return packed(network) if native.serves(self.runtime, torch.float32) else network
 
     def runner(self, way: Way) -> SpeculativeRunner:
         """The speculative runner of a way that plans."""
         network, rule = self._network(way), way.gate_rule(self.config.speculation.metric)
-        if network is not None and native.serves(self.runtime, torch.float32):
-            network = packed(network)
         return SpeculativeRunner(
             self.model,
             self.planner,
@@ -123,9 +122,13 @@ class Workbench:
             behaviour=self.planner.networks,
         )
 
-    def warm_up(self, ways: Iterable[Way], rows: int) -> str | None:
+    def prepares(self, ways: Collection[Way]) -> bool:
+        """Whether there is something to build, compile or capture before these act: for ways that never plan, on a CPU alone."""
+        return self.runtime.prepares and not self.warm and (self.runtime.device.type != "cuda" or _plan(ways))
+
+    def warm_up(self, ways: Collection[Way], rows: int) -> str | None:
         """Makes one plan per batch size that up to `rows` rows meet, and one step with each corrector in `ways` and without, which builds,
-        compiles or captures what will be.
+        compiles or captures what will be. Without any ways it prepares the planner alone; for those that never plan, only their networks.
 
         Returns:
             What went wrong, if compiling failed on this machine: acting is eager from then on, or lacks a kernel.
@@ -135,7 +138,8 @@ class Workbench:
         """
         self.warm = True
         try:
-            sizes = self.planner.sizes_for(rows)
+            self.planner.networks.ready()
+            sizes = self.planner.sizes_for(rows) if _plan(ways) else []
             plan_once(self.planner, self.model, sizes)
             if self.refinement is not None:
                 plan_once(self.refinement.planner, self.model, sizes)
@@ -148,6 +152,10 @@ class Workbench:
             self._make_planners()
             return f"the planner could not be compiled and runs eagerly, at a third to half of the speed: {reason}"
         return native.problem()
+
+
+def _plan(ways: Collection[Way]) -> bool:
+    return not ways or any(way.mode.plans for way in ways)
 
 
 def compilers_fault(error: Exception, runtime: Runtime) -> str:

@@ -84,6 +84,21 @@ def test_correctors_act_packed_where_there_are_kernels_and_as_they_are_elsewhere
         assert any(isinstance(part, torch.nn.Linear) for part in runner.corrector.modules()) == (not compiled)
 
 
+def test_ways_that_never_plan_need_no_plan_and_on_a_gpu_no_preparation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("a plan was made")
+
+    monkeypatch.setattr(acting, "kernels_for", lambda runtime: Kernels(fail, fail))  # type: ignore[arg-type]
+    workbench, policy, naive = bench(), Way(Mode.POLICY, 1), Way(Mode.NAIVE, 3)
+    for device, asked in (("cpu", [True, True, True]), ("cuda", [False, True, True])):
+        workbench.runtime = Runtime(torch.device(device), torch.float32, compiled=True, threads=1)
+        assert [workbench.prepares(ways) for ways in ([policy], [policy, naive], [])] == asked
+    workbench.runtime = CPU
+    assert workbench.warm_up([policy], rows=1) is None
+    with pytest.raises(AssertionError, match="a plan was made"):
+        workbench.warm_up([policy, naive], rows=1)
+
+
 def test_what_is_wrong_with_an_eager_planner_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("a defect")
