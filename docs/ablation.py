@@ -171,7 +171,7 @@ class Study:
 
     def run(self, rule: GateRule, corrector: Any = None, purpose: Purpose = Purpose.COMPARE, **options: Any) -> list[EpisodeStats]:
         history = corrector.dims.history if corrector is not None else 8
-        options.setdefault("judge", judge_for(self.bench.runtime.device))  # row by row, as `compare` judges
+        options.setdefault("judge", judge_for(self.bench.runtime.device))  # row by row; by torch's functions, which some of its judges need
         runner = SpeculativeRunner(self.bench.model, self.bench.planner, rule, corrector, history=history, **options)
         return rollout(runner, self.envs, self.episodes[purpose], device=self.bench.runtime.device)
 

@@ -86,7 +86,7 @@ def load_controller(
     settings: Sequence[str] = (),
     seed: int = 0,
 ) -> Controller:
-    """A controller for your own loop. Compiles the planner before it returns, so that no step waits for it.
+    """A controller for your own loop. Compiles what will act before it returns, so that no step waits for it.
 
     Args:
         task_or_path: a task's name (its teacher in the store, else the embedded one), or a store folder `<store>/<task>/<name>`.

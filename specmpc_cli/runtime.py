@@ -119,11 +119,13 @@ def choose_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
         case _:
             raise ConfigError(f"--dtype must be auto, bf16, fp32 or int8, got {dtype!r}")
     compiled = os.environ.get("SPECMPC_COMPILE", "1") != "0"
+    use_compile_cache()
     if dtype == "int8" and (reason := _no_int8(chosen, compiled)):
         raise ConfigError(f"--dtype int8 plans on a CPU with AVX512-VNNI, with compiled code: {reason}")
     if compiled and chosen.type == "cpu" and (missing := _missing_for_compilation()):
         compiled = False
-        notes.append(f"{missing}: planning runs eagerly, at a third to half of the speed (on Debian: apt-get install g++)")
+        remedy = " (on Debian: apt-get install g++)" if sys.platform == "linux" else ""
+        notes.append(f"{missing}: planning runs eagerly, at a third to half of the speed{remedy}")
     if chosen.type == "cpu":
         _keep_freed_memory()
     return Runtime(chosen, resolved, compiled, torch.get_num_threads(), tuple(notes), dtype == "int8")
@@ -194,7 +196,7 @@ def _keep_freed_memory() -> None:
 def use_compile_cache() -> Path:
     """Keeps compiled kernels in the user's cache folder, so that a second start compiles nothing; → that folder.
 
-    Before the first compilation.
+    Before torch's compiler is imported, which any of its optimisers does: it would choose a folder of its own.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / "specmpc" / "inductor")))

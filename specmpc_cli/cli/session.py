@@ -132,7 +132,7 @@ def prepare_training(out: Output, trainer: "Trainer") -> None:
 
 
 def prepare_acting(out: Output, bench: "Workbench", ways: "Collection[Way]", rows: int) -> None:
-    """Makes the first plans of up to `rows` rows, and the first step of each corrector in `ways`, which compiles them, and says so."""
+    """Makes the first plans of up to `rows` rows, and what else these ways need before they act, and says so."""
     if bench.prepares(ways):
         _prepare(out, "the controller", bench.runtime, lambda: bench.warm_up(ways, rows))
 

@@ -68,7 +68,7 @@ class PolicyActor(PlanlessActor):
         """
         Args:
             explore: draws from the prior instead of taking its mean.
-            behaviour: encodes, and takes the mean; by default `model`. As for runners.
+            behaviour: encodes, and has the mean; by default `model`. As for runners.
         """
         super().__init__(next(model.parameters()).device)
         self.model, self._explore, self._behaviour = model, explore, behaviour or model
@@ -77,7 +77,8 @@ class PolicyActor(PlanlessActor):
         if not self._explore:
             return row_by_row(lambda obs: self._behaviour.pi_mean(self._behaviour.encode(obs)), obs)
         eps = np.stack([rng.standard_normal(self.model.dims.action_dim, dtype=np.float32) for rng in _draws(state)])
-        return row_by_row(lambda obs, eps: self.model.pi_sample(self.model.encode(obs), eps), obs, torch.from_numpy(eps).to(self._device))
+        drawn = torch.from_numpy(eps).to(self._device)
+        return row_by_row(lambda obs, eps: self.model.pi_sample(self._behaviour.encode(obs), eps), obs, drawn)
 
 
 class DistilledActor(PlanlessActor):

@@ -8,10 +8,11 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
+from specmpc_cli.engine import native
 from specmpc_cli.engine.captured import CapturedCall
 from specmpc_cli.engine.draws import Draws, host_draws
 from specmpc_cli.engine.packed_planner import PackedBehaviour
-from specmpc_cli.engine.planner import EAGER, Behaviour, Dynamics, Kernels, PlannerNoise, PlannerSettings, plan
+from specmpc_cli.engine.planner import EAGER, Behaviour, Kernels, PlannerNoise, PlannerSettings, plan
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.types import Plan
 
@@ -19,7 +20,7 @@ from specmpc_cli.types import Plan
 class Networks:
     """What plans, made of one model: a copy for the search, in its dtype, and in fp32 what encodes and predicts (`planner.Behaviour`).
 
-    Where both can be packed they are, at the first plan, because that may have to build the kernels first.
+    What can be packed is, when it is first asked for anything, because that may have to build the kernels.
     """
 
     def __init__(self, model: WorldModel, dtype: torch.dtype, packed: bool) -> None:
@@ -29,27 +30,28 @@ class Networks:
         self._behaviour: Behaviour = model
         self._to_pack = packed
 
-    def ready(self) -> tuple[WorldModel, Dynamics]:
-        """What searches, and what predicts the latents of what was found."""
+    def ready(self) -> tuple[WorldModel, Behaviour]:
+        """What searches, and what encodes and predicts."""
         if self._to_pack:
             self._search.pack(int8=self._dtype is torch.int8)
             if self._search.packed:
                 self._search.take_weights(self._model)  # with biases as exact as they will be after every other change
+            if next(self._model.parameters()).device.type == "cpu" and native.multiplies(torch.float32):
                 self._behaviour = PackedBehaviour(self._model)
             self._to_pack = False
         return self._search, self._behaviour
 
     def encode(self, obs: Tensor) -> Tensor:
         """As the model's."""
-        return self._behaviour.encode(obs)
+        return self.ready()[1].encode(obs)
 
     def next(self, z: Tensor, a: Tensor) -> Tensor:
         """As the model's."""
-        return self._behaviour.next(z, a)
+        return self.ready()[1].next(z, a)
 
     def pi_mean(self, z: Tensor) -> Tensor:
         """As the model's."""
-        return self._behaviour.pi_mean(z)
+        return self.ready()[1].pi_mean(z)
 
     def take_weights(self) -> None:
         """Takes over the model's weights."""

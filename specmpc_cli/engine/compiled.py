@@ -21,7 +21,7 @@ from specmpc_cli.engine.planner import EAGER, Behaviour, Dynamics, Kernels, Plan
 from specmpc_cli.engine.rows import row_by_row
 from specmpc_cli.engine.runner import Judge, Judgement, judge
 from specmpc_cli.engine.world_model import WorldModel
-from specmpc_cli.runtime import Runtime, use_compile_cache
+from specmpc_cli.runtime import Runtime
 from specmpc_cli.types import Corrector
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -35,16 +35,15 @@ def compiled(fn: _Function) -> _Function:
     """The function, compiled at its first call for each new shape and model."""
 
     @wraps(fn)
-    def call(*given: Any) -> Any:
-        return _compiler_of(fn)(*given)
+    def call(*given: Any, **named: Any) -> Any:
+        return _compiled(fn)(*given, **named)
 
     return cast(_Function, call)
 
 
 @cache
-def _compiler_of(fn: _Function) -> _Function:
-    use_compile_cache()  # before the compiler is imported, which would choose a folder of its own
-    # Not before the first call: that import takes more than a second, and a CPU that has kernels of our own needs none of it.
+def _compiled(fn: _Function) -> _Function:
+    # Not before the first call: their import takes more than a second, and a CPU that has kernels of our own needs none of it.
     from torch import _dynamo as dynamo
     from torch._inductor import config as inductor
 

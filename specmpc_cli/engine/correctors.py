@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specmpc_cli.engine.native.learnt_mlp import MISH, PLAIN
+from specmpc_cli.engine.native import MISH, PLAIN
 from specmpc_cli.engine.packed import PackedMlp
 from specmpc_cli.types import Visit
 
@@ -204,7 +204,7 @@ class _Packed(nn.Module):
         self._mlp = PackedMlp(weights, vectors, PLAIN if isinstance(parts[-1], nn.Linear) else MISH)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, in] → [N, out]."""
+        """x [N, in] or [B, N, in] → the same rows, of `out` features."""
         return self._mlp(x)
 
 
@@ -213,7 +213,7 @@ def packed(network: BaseCorrector) -> BaseCorrector:
     copy = deepcopy(network)
     assert isinstance(copy.trunk, nn.Sequential)
     copy.trunk, copy.head = _Packed(*copy.trunk, copy.head), nn.Identity()
-    for part in list(copy.modules()):
+    for part in [part for part in copy.modules() if not isinstance(part, _Normed)]:
         for name, layer in part.named_children():
             if isinstance(layer, _Normed | nn.Linear):
                 setattr(part, name, _Packed(layer))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specmpc_cli.engine.native.learnt_mlp import PLAIN
+from specmpc_cli.engine.native import PLAIN
 from specmpc_cli.engine.norm_mish import norm_mish, over_rows
 from specmpc_cli.engine.packed import PackedMlp
 
@@ -122,7 +122,7 @@ class Stack(nn.ModuleList):
 
     @property
     def ends_in(self) -> int:
-        """How the last layer ends, as `native.learnt_mlp` has it: SimNorm's size or PLAIN."""
+        """How the last layer ends, as kernels have it: SimNorm's size or PLAIN."""
         return self.last.dim if self.last else PLAIN
 
     def pack(self, int8: bool = False, apart: int = 0) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specmpc_cli.engine.native.learnt_mlp import PLAIN
+from specmpc_cli.engine.native import PLAIN
 
 
 class PackedMlp:
@@ -22,7 +22,7 @@ class PackedMlp:
         Args:
             weights: each layer's, [out, in] or [E, out, in], fp32 or bf16.
             vectors: for each layer its bias and, if it has a norm, LayerNorm's weight and bias, [out] or [E, out].
-            ends_in: how the last layer ends; all others end in Mish.
+            ends_in: what the last layer ends in: PLAIN, MISH or SimNorm's size; all others end in Mish.
             int8: rounds fp32 weights to 8 bits, with one scale for each output, and inputs in every product, with one for each row; what a
                 plain last layer reads is rounded in two steps.
             apart: so many leading inputs are of another kind than those after them; each kind then has a scale of its own.

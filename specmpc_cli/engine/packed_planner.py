@@ -33,7 +33,7 @@ def iterate(
     q_index: Tensor,
     settings: PlannerSettings,
 ) -> Search:
-    """As `planner.iterate`; elites of one value are in the order of the candidates."""
+    """As `planner.iterate`, down to which candidates of one value are elites."""
     s = settings
     numbers = s.num_elites, s.discount, s.temperature, s.min_std, s.max_std
     found = torch.ops.specmpc.iterate(z, mean, std, prior, sample_eps, terminal_eps, q_index, *_networks(model), *numbers)

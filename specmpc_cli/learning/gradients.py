@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from specmpc_cli.engine import native
 from specmpc_cli.engine.compiled import compiled
 from specmpc_cli.engine.layers import weights_and_vectors
-from specmpc_cli.engine.native.learnt_mlp import MISH, Keep, LearntCall, LearntMlp, LearntRollout
+from specmpc_cli.engine.native import MISH
+from specmpc_cli.engine.native.learnt_mlp import Keep, LearntCall, LearntMlp, LearntRollout
 from specmpc_cli.engine.world_model import WorldModel
 from specmpc_cli.learning.losses import (
     Batch,

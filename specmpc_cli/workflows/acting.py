@@ -62,7 +62,7 @@ class Workbench:
                     f"the teacher in {teacher.path} expects {have} {what} dimensions, {spec.task} has {want}; import the right one"
                 )
         self.teacher, self.spec, self.config, self.runtime = teacher, spec, config, runtime
-        self.warm = False  # whether everything that is to act has acted once, and so is compiled
+        self.warm = False  # whether what plans has planned once, and so is compiled
         self.model = teacher.model.to(runtime.device)
         self._make_planners()
 
@@ -127,8 +127,9 @@ class Workbench:
         return self.runtime.prepares and not self.warm and (self.runtime.device.type != "cuda" or _plan(ways))
 
     def warm_up(self, ways: Collection[Way], rows: int) -> str | None:
-        """Makes one plan per batch size that up to `rows` rows meet, and one step with each corrector in `ways` and without, which builds,
-        compiles or captures what will be. Without any ways it prepares the planner alone; for those that never plan, only their networks.
+        """Makes one plan per batch size that up to `rows` rows meet and, on a GPU, steps with each kind of corrector in `ways`.
+
+        That builds, compiles or captures what will be. For ways that never plan it prepares their networks, without any the planner alone.
 
         Returns:
             What went wrong, if compiling failed on this machine: acting is eager from then on, or lacks a kernel.
@@ -136,7 +137,7 @@ class Workbench:
         Raises:
             ConfigError: the device's memory is too small.
         """
-        self.warm = True
+        self.warm |= _plan(ways)
         try:
             self.planner.networks.ready()
             sizes = self.planner.sizes_for(rows) if _plan(ways) else []
@@ -144,7 +145,7 @@ class Workbench:
             if self.refinement is not None:
                 plan_once(self.refinement.planner, self.model, sizes)
             archs = {way.corrector.arch if way.corrector else None: way for way in ways if way.mode.plans}
-            for way in archs.values():
+            for way in archs.values() if self.runtime.device.type == "cuda" else []:
                 step_once(self.runner(way))
         except COMPILER_ERRORS as error:
             reason = compilers_fault(error, self.runtime)
@@ -168,7 +169,7 @@ def compilers_fault(error: Exception, runtime: Runtime) -> str:
         raise error
     if runtime.int8:
         raise ConfigError(f"--dtype int8 could not be prepared here; use --dtype auto: {_first_line(error)}") from error
-    return _first_line(error)
+    return "; ".join(filter(None, [_first_line(error), native.problem()]))
 
 
 def _first_line(error: Exception) -> str:
@@ -189,9 +190,9 @@ def plan_once(planner: Planner, model: WorldModel, batch_sizes: Iterable[int]) -
 
 @torch.inference_mode()
 def step_once(runner: SpeculativeRunner) -> None:
-    """Plans and then acts on that plan, for one row, which compiles or captures what will be."""
+    """Plans and then acts on that plan, for one row, which captures what will be."""
     obs = torch.zeros(1, runner.model.dims.obs_dim, device=next(runner.model.parameters()).device)
     first = torch.ones(1, dtype=torch.bool, device=obs.device)
     _, state, _ = runner.act(obs, runner.initial_state(1), first)
-    for _ in range(EAGER_CALLS if obs.is_cuda else 1):
+    for _ in range(EAGER_CALLS):
         runner.act(obs, state, ~first)

@@ -239,7 +239,7 @@ class Subject:
         return Case("update", self.size, size, lambda: self._learner.update(self._batch), plain, lambda: eager.rehearse(size, horizon))
 
     def _step_case(self) -> Case:
-        """A step that executes its plan: observation in, corrected action out. The plain path is the same step, eagerly and in fp32."""
+        """A step that executes its plan: observation in, corrected action out; on the plain path by torch's functions alone."""
         d, config = self.model.dims, CorrectorConfig()
         dims = CorrectorDims(d.latent_dim, d.action_dim, config.width, config.history, config.layers)
         torch.manual_seed(0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specmpc_cli.engine import native
 from specmpc_cli.engine.layers import SimNorm
-from specmpc_cli.engine.native.learnt_mlp import MISH, PLAIN
+from specmpc_cli.engine.native import MISH, PLAIN
 
 
 class Case(NamedTuple):

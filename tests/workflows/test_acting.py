@@ -75,13 +75,38 @@ def test_on_a_cpu_with_kernels_torch_compiles_nothing() -> None:
     assert torch._dynamo.utils.counters["stats"] == before
 
 
+ACTING = {
+    "policy": Way(Mode.POLICY),
+    "distilled": Way(Mode.DISTILLED, None, corrector("distilled")),
+    "naive": Way(Mode.NAIVE, 3),
+    "two-tower": Way(Mode.CORRECTED, 3, corrector("two-tower")),
+    "temporal": Way(Mode.CORRECTED, 3, corrector("temporal")),
+}
+
+
 @pytest.mark.compiler
-def test_correctors_act_packed_where_there_are_kernels_and_as_they_are_elsewhere() -> None:
-    way = Way(Mode.CORRECTED, 3, corrector())
-    for compiled in (True, False):
-        runner = bench(Runtime(torch.device("cpu"), torch.float32, compiled=compiled, threads=1)).runner(way)
-        assert isinstance(runner.corrector, torch.nn.Module)
-        assert any(isinstance(part, torch.nn.Linear) for part in runner.corrector.modules()) == (not compiled)
+@pytest.mark.parametrize("name", ACTING)
+def test_every_way_acts_by_kernels_as_it_does_by_torchs_functions(name: str) -> None:
+    """From the first step on, warmed up or not: what is packed is packed before anything is asked of it."""
+    way, acted = ACTING[name], []
+    if way.corrector is not None:
+        torch.nn.init.normal_(way.corrector.network.head.weight, std=0.1)
+    kernels = Runtime(torch.device("cpu"), torch.float32, compiled=True, threads=1)
+    for runtime, prepared in ((CPU, False), (kernels, False), (kernels, True)):
+        workbench = bench(runtime)
+        if prepared:
+            workbench.warm_up([way, Way(Mode.BASELINE, 1)], rows=1)
+        actions: list[np.ndarray] = []
+        episode = episodes_of(Purpose.COMPARE, 0, 1)
+        envs = VectorEnv.make("pointmass", 1)
+        rollout(workbench.actor(way), envs, episode, device=CPU.device, max_steps=7, on_step=lambda step, a=actions: a.append(step.action))
+        acted.append(np.stack(actions))
+        network = getattr(workbench.actor(way), "corrector", None) or getattr(workbench.actor(way), "network", None)
+        if network is not None:
+            assert any(isinstance(part, torch.nn.Linear) for part in network.modules()) == (runtime is CPU)
+    by_torch, by_kernels, by_prepared = acted
+    np.testing.assert_allclose(by_kernels, by_torch, rtol=0, atol=1e-4)
+    assert np.array_equal(by_kernels, by_prepared)
 
 
 def test_ways_that_never_plan_need_no_plan_and_on_a_gpu_no_preparation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +119,7 @@ def test_ways_that_never_plan_need_no_plan_and_on_a_gpu_no_preparation(monkeypat
         workbench.runtime = Runtime(torch.device(device), torch.float32, compiled=True, threads=1)
         assert [workbench.prepares(ways) for ways in ([policy], [policy, naive], [])] == asked
     workbench.runtime = CPU
-    assert workbench.warm_up([policy], rows=1) is None
+    assert workbench.warm_up([policy], rows=1) is None and not workbench.warm
     with pytest.raises(AssertionError, match="a plan was made"):
         workbench.warm_up([policy, naive], rows=1)
 

@@ -25,6 +25,6 @@ def bench(runtime: Runtime = CPU, config: Config = SMALL) -> Workbench:
     return Workbench(teacher, lookup("pointmass").spec, config, runtime)
 
 
-def corrector(*, teacher: str = "abc", calibrated: bool = False) -> FittedCorrector:
+def corrector(arch: str = "two-tower", *, teacher: str = "abc", calibrated: bool = False) -> FittedCorrector:
     facts = CorrectorFacts(teacher, GateRule(15, 0.1, 0.4, 0.3, "l1"), SMALL.acting_settings() if calibrated else None)
-    return FittedCorrector(build_corrector("two-tower", CorrectorDims(16, 2, 16, 4)).eval(), facts, "store", Path("corrector"))
+    return FittedCorrector(build_corrector(arch, CorrectorDims(16, 2, 16, 4)).eval(), facts, "store", Path("corrector"))

@@ -1,8 +1,8 @@
-"""Kernels of our own for a CPU, in C++: the planner's functions in one call each (search.h), and what learns (learnt_mlp.h, losses.h,
-adam.h).
+"""Kernels of our own for a CPU, in C++: the planner's functions in one call each (search.h), MLPs as what acts asks them (fused_mlp.h), and
+what learns (learnt_mlp.h, losses.h, adam.h).
 
 They are built at their first use, in some 25 seconds of CPU time, for the machine that they run on, and kept beside the compiler's own
-cache. Where that cannot be done, the formulas that they stand for are computed instead (layers.py, losses.py).
+cache. Where that cannot be done, the formulas that they stand for are computed instead (layers.py, correctors.py, losses.py).
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from specmpc_cli.runtime import Runtime, use_compile_cache
 
 _SOURCES = Path(__file__).parent
 _BUILD_SECONDS = 300
+
+# What an MLP's last layer ends in; a number above 0 means SimNorm in groups of so many. A norm comes before Mish and SimNorm (row_ends.h).
+PLAIN, MISH = 0, -1
 
 
 def built() -> bool:
@@ -51,7 +54,7 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 def serves(runtime: Runtime, dtype: torch.dtype) -> bool:
-    """Whether that is how this runtime computes products of this dtype."""
+    """Whether this runtime computes with our kernels where products are of this dtype."""
     return runtime.compiled and runtime.device.type == "cpu" and multiplies(dtype)
 
 

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# What a last layer ends in; a number above 0 means SimNorm in groups of so many. A norm comes before Mish and SimNorm.
-PLAIN, MISH = 0, -1
+from specmpc_cli.engine.native import PLAIN
 
 
 class Keep(IntEnum):

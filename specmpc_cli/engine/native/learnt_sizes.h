@@ -4,6 +4,7 @@
 
 #include "bf16_product.h"
 #include "fp32_product.h"
+#include "row_ends.h"
 
 #include <numeric>
 
