@@ -109,21 +109,26 @@ class Layers {
     return sums;
   }
 
-  // `count` rows, `step` apart, which lack the first `skipped` inputs; `shift` has what is added to the first product. → y, rows of the
-  // last layer's outputs, `y_step` apart, or what is expected of each. If they are as far apart as the rows, they may take their place.
-  void compute(
-      const float* x,
-      int64_t step,
-      int64_t count,
-      int64_t skipped,
-      const Weight* weight,
-      const float* vector,
-      const float* shift,
-      float* y,
-      int64_t y_step) const {
+  // What rows are multiplied with; `shift` has what is added to the first product, for rows that lack the first `skipped` inputs.
+  struct Values {
+    const Weight* weights;
+    const float *vectors, *shift = vectors;
+    int64_t skipped = 0;
+  };
+
+  // `count` rows x, `step` apart → y, rows of the last layer's outputs, `y_step` apart, or what is expected of each. If they are as far
+  // apart as the rows, they may take their place.
+  struct Passing {
+    const float* x;
+    int64_t step, count;
+    float* y;
+    int64_t y_step;
+  };
+
+  void compute(const Passing& rows, const Values& values) const {
     const int64_t some = block_rows();
-    for (int64_t r = 0; r < count; r += some) {
-      compute_block(x + r * step, step, std::min(some, count - r), skipped, weight, vector, shift, y + r * y_step, y_step);
+    for (int64_t r = 0; r < rows.count; r += some) {
+      compute_block({rows.x + r * rows.step, rows.step, std::min(some, rows.count - r), rows.y + r * rows.y_step, rows.y_step}, values);
     }
   }
 
@@ -143,16 +148,10 @@ class Layers {
     return round_up(weights_ * sizeof(Weight) > kModerate ? 2 * kFew : kFew, Product::kRows);
   }
 
-  void compute_block(
-      const float* x,
-      int64_t step,
-      int64_t count,
-      int64_t skipped,
-      const Weight* weight,
-      const float* vector,
-      const float* shift,
-      float* y,
-      int64_t y_step) const {
+  void compute_block(const Passing& rows, const Values& values) const {
+    const int64_t count = rows.count;
+    const Weight* weight = values.weights;
+    const float *vector = values.vectors, *shift = values.shift;
     static thread_local Scratch<float> sums_scratch;
     float* sums = sums_scratch.at_least(block_rows() * widest_);
     typename Product::Features features(block_rows(), widest_);
@@ -160,14 +159,15 @@ class Layers {
       const Product& product = products_[layer];
       const int64_t dim = dims_[layer + 1], sums_step = product.padded_outputs();
       if (layer == 0) {
-        product.multiply(x, step, count, skipped, weight, sums);
+        product.multiply(rows.x, rows.step, count, values.skipped, weight, sums);
       } else {
         product.multiply(features, count, weight, sums);
         shift = vector;
       }
       const auto row_of = [=](int64_t r) { return sums + r * sums_step; };
+      const auto y_of = [&rows](int64_t r) { return rows.y + r * rows.y_step; };
       if (is_last(layer) && ends_in_ == kPlain) {
-        for (int64_t r = 0; r < count; ++r) end_row(row_of(r), shift, dim, y + r * y_step);
+        for (int64_t r = 0; r < count; ++r) end_row(row_of(r), shift, dim, y_of(r));
         return;
       }
       const float *norm_weight = vector + dim, *norm_bias = norm_weight + dim;
@@ -178,9 +178,9 @@ class Layers {
         for (int64_t r = first; r < end; ++r) {
           const Moments& own = found[r - first];
           if (is_last(layer) && ends_in_ == kMish) {
-            mish_row(row_of(r), own, norm_weight, norm_bias, dim, y + r * y_step);
+            mish_row(row_of(r), own, norm_weight, norm_bias, dim, y_of(r));
           } else if (is_last(layer)) {
-            norm_softmax_row<Product::kRough>(row_of(r), own, norm_weight, norm_bias, dim, ends_in_, y + r * y_step);
+            norm_softmax_row<Product::kRough>(row_of(r), own, norm_weight, norm_bias, dim, ends_in_, y_of(r));
           } else {
             products_[layer + 1].take(features, r, [&](auto made) { mish_row(row_of(r), own, norm_weight, norm_bias, dim, made); });
           }
@@ -232,7 +232,7 @@ void compute_mlp(const Rows& x, const std::optional<Rows>& shared, const Heads& 
       const int64_t row = first_tile * Product::kRows, count = std::min(some * Product::kRows, y.count - row);
       const float *vectors = heads.vector(group), *shift = shared ? shifts[group].data() : vectors;
       const float* from = row_of(x, group, row);
-      layers.compute(from, x.step, count, skipped, heads.weights<Weight>(group), vectors, shift, y.of<float>(group, row), y.step);
+      layers.compute({from, x.step, count, y.of<float>(group, row), y.step}, {heads.weights<Weight>(group), vectors, shift, skipped});
     });
   });
 }

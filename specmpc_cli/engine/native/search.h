@@ -48,11 +48,10 @@ class Net {
   // As the layers' own functions.
   std::vector<float> shift(const float* shared, int64_t skipped) const { return layers_.shift(shared, skipped, weights_, vectors_); }
   void compute(const float* x, int64_t step, int64_t count, float* y, int64_t y_step, int64_t head = 0) const {
-    const float* vectors = vectors_ + head * layers_.vectors();
-    layers_.compute(x, step, count, 0, weights_ + head * layers_.weights(), vectors, vectors, y, y_step);
+    layers_.compute({x, step, count, y, y_step}, {weights_ + head * layers_.weights(), vectors_ + head * layers_.vectors()});
   }
   void compute_from(int64_t skipped, const float* shift, const float* x, int64_t step, int64_t count, float* y, int64_t y_step) const {
-    layers_.compute(x + skipped, step, count, skipped, weights_, vectors_, shift, y, y_step);
+    layers_.compute({x + skipped, step, count, y, y_step}, {weights_, vectors_, shift, skipped});
   }
 
  private:
