@@ -32,7 +32,7 @@ CUDA_BATCH_SIZES = (1, 4, 16, 64)
 
 
 def compiled(fn: _Function) -> _Function:
-    """The function, compiled at its first call for each new shape and model."""
+    """The function, compiled at its first call for each new shape and model, once for all who ask for it."""
 
     @wraps(fn)
     def call(*given: Any, **named: Any) -> Any:
@@ -54,7 +54,6 @@ def _compiled(fn: _Function) -> _Function:
     return cast(_Function, torch.compile(fn, fullgraph=True, dynamic=False))
 
 
-@cache
 def compiled_kernels() -> Kernels:
     """The fastest there are: our own for a packed model, else compiled ones; those are compiled at their first call with a new shape."""
     compiled_rollouts, compiled_iterate, compiled_select = (
@@ -119,7 +118,6 @@ def draws_for(runtime: Runtime) -> Draws:
     return compiled_draws() if runtime.compiled else device_draws
 
 
-@cache
 def compiled_draws() -> Draws:
     """The device's draws, compiled."""
     from_blocks = compiled(draws_from)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -51,7 +50,8 @@ class AutogradGradients:
 
     def __init__(self, model: WorldModel, s: LossSettings, discounts: Tensor | None, runtime: Runtime) -> None:
         self._model, self._s, self._discounts, self._runtime = model, s, discounts, runtime
-        self._losses = _compiled_losses() if runtime.compiled else _Losses(world_model_loss, policy_loss)
+        losses = _Losses(world_model_loss, policy_loss)
+        self._losses = _Losses(compiled(world_model_loss), compiled(policy_loss)) if runtime.compiled else losses
 
     def world_model(self, batch: Batch, noise: UpdateNoise) -> ModelLoss:
         with self._autocast():
@@ -76,12 +76,6 @@ class _Losses(NamedTuple):
 
     world_model: Callable[[WorldModel, Batch, UpdateNoise, LossSettings, Tensor | None], ModelLoss]
     policy: Callable[[WorldModel, Tensor, UpdateNoise, Tensor, LossSettings, Batch], PolicyLoss]
-
-
-@cache
-def _compiled_losses() -> _Losses:
-    """Compiled at their first call for each new shape, once for all models."""
-    return _Losses(compiled(world_model_loss), compiled(policy_loss))
 
 
 @contextmanager
